@@ -1,0 +1,134 @@
+// ATen through the stable dispatcher: the few operators that the kernels leave to oneDNN and BLAS.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace ep::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+
+namespace aten {
+
+template <size_t N>
+void call(const char* op, const char* overload, std::array<StableIValue, N>& stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+}
+
+inline Tensor convolution(const Tensor& x, const Tensor& w, const Ints& stride, const Ints& padding, bool transposed,
+                          const Ints& output_padding) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 9> stack{from(x),
+                                    from(w),
+                                    from(std::optional<Tensor>()),
+                                    from(stride),
+                                    from(padding),
+                                    from(Ints{1, 1}),
+                                    from(transposed),
+                                    from(output_padding),
+                                    from(int64_t{1})};
+  call("aten::convolution", "", stack);
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Gradient of a convolution's weight: sum over samples of `above` (x) `below`.
+inline Tensor convolution_weight(const Tensor& above, const Tensor& below, const Tensor& w, const Ints& stride,
+                                 const Ints& padding) {
+  using torch::stable::detail::from;
+  static constexpr bool kWeightOnly[] = {false, true, false};
+  std::array<StableIValue, 11> stack{from(above),
+                                     from(below),
+                                     from(w),
+                                     from(std::optional<Ints>()),
+                                     from(stride),
+                                     from(padding),
+                                     from(Ints{1, 1}),
+                                     from(false),
+                                     from(Ints{0, 0}),
+                                     from(int64_t{1}),
+                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(kWeightOnly, 3))};
+  call("aten::convolution_backward", "", stack);
+  for (size_t i : {0, 2}) torch::stable::detail::to<Tensor>(stack[i]);  // undefined: release the handles
+  return torch::stable::detail::to<Tensor>(stack[1]);
+}
+
+inline Tensor matmul(const Tensor& a, const Tensor& b) { return torch::stable::matmul(a, b); }
+
+inline Tensor transpose(const Tensor& a) { return torch::stable::transpose(a, 0, 1); }
+
+inline Tensor adaptive_avg_pool(const Tensor& x, int64_t size) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 2> stack{from(x), from(Ints{size, size})};
+  call("aten::_adaptive_avg_pool2d", "", stack);
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor adaptive_avg_pool_adjoint(const Tensor& gradient, const Tensor& x) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 2> stack{from(gradient), from(x)};
+  call("aten::_adaptive_avg_pool2d_backward", "", stack);
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace aten
+
+// ---- dense tensors: NHWC maps, [B, F] vectors -----------------------------------------------------------------------
+
+inline Ints sizes(const Tensor& t) {
+  const auto s = t.sizes();
+  return Ints(s.begin(), s.end());
+}
+
+// An empty 1-d tensor stands for an absent one in the ops' lists.
+inline bool present(const Tensor& t) { return !(t.dim() == 1 && t.numel() == 0); }
+
+// The tensor itself when it is already dense in the layout of the passes, else a copy that is.
+inline Tensor dense(const Tensor& t) {
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::contiguous(t, t.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+inline Tensor empty(const Ints& shape, const Tensor& like, std::optional<ScalarType> dtype = std::nullopt) {
+  using torch::headeronly::MemoryFormat;
+  const auto format = shape.size() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  return torch::stable::empty(shape, dtype ? *dtype : like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              format);
+}
+
+inline Tensor absent(const Tensor& like) { return empty({0}, like); }
+
+inline Tensor cast(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+inline int64_t product(const Ints& shape, size_t from) {
+  int64_t n = 1;
+  for (size_t i = from; i < shape.size(); ++i) n *= shape[i];
+  return n;
+}
+
+template <typename T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Calls f(T{}) with float or double.
+template <typename F>
+auto dispatch(ScalarType dtype, const F& f) {
+  return dtype == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+}  // namespace ep::cpu

@@ -1,0 +1,122 @@
+// torch.ops.ep_kernels.contrast: both matrix products of the difference form as one gradient over a doubled batch.
+#include <algorithm>
+#include <cmath>
+
+#include "ep/check.h"
+#include "ops.h"
+#include "parallel.h"
+#include "passes.h"
+
+namespace ep::cpu {
+namespace {
+
+constexpr const char* kOp = "contrast";
+
+// Views of the two halves of a tensor along the batch.
+std::pair<Tensor, Tensor> halves(const Tensor& t) {
+  Tensor copy = t;
+  const int64_t half = t.size(0) / 2;
+  return {torch::stable::narrow(copy, 0, 0, half), torch::stable::narrow(copy, 0, half, half)};
+}
+
+void check_end(const char* name, const char* delta_name, const Tensor& free, const Tensor& delta) {
+  Ints expected = sizes(free);
+  if (delta.dim() > 0 && delta.size(0) == 2 * expected[0]) expected[0] *= 2;
+  EP_CHECK(free.dim() == 4 || free.dim() == 2, kOp, name, "[B, C, H, W] or [B, F]", list(free.sizes()));
+  check_like(kOp, delta_name, delta, expected, free);
+}
+
+// Difference (times difference_scale) and mean of the two phases of every sample, and the difference summed over
+// samples and pixels, unscaled by `sum_scale`.
+template <typename T>
+void difference_and_mean(const Tensor& free, const Tensor& delta, double gain, double centre, double difference_scale,
+                         const Tensor& difference, const Tensor* mean, const Tensor* sums) {
+  const int64_t batch = free.size(0), channels = free.size(1);
+  if (batch == 0) return;
+  const int64_t size = free.numel() / batch;
+  const bool two = delta.size(0) == 2 * batch;
+  const T* f = data<T>(free);
+  const T* d = data<T>(delta);
+  T* diff = mutable_data<T>(difference);
+  T* m = mean ? mutable_data<T>(*mean) : nullptr;
+  std::vector<T> partial(sums ? batch * channels : 0);
+  const auto& pass = passes<T>();
+  for_each_row(batch, 1, size, [&](int64_t n, int64_t, int64_t) {
+    const Contrast<T> a{f + n * size,         d + n * size,           two ? d + (batch + n) * size : nullptr,
+                        static_cast<T>(gain), static_cast<T>(centre), static_cast<T>(difference_scale)};
+    pass.contrast(a, size, channels, diff + n * size, m ? m + n * size : nullptr,
+                  sums ? partial.data() + n * channels : nullptr);
+  });
+  if (!sums) return;
+  T* total = mutable_data<T>(*sums);
+  for (int64_t n = 0; n < batch; ++n) {  // a fixed order: the same bits for any number of threads
+    for (int64_t c = 0; c < channels; ++c) total[c] += partial[n * channels + c];
+  }
+}
+
+Tensor zeros(const Ints& shape, const Tensor& like) {
+  Tensor t = empty(shape, like);
+  torch::stable::zero_(t);
+  return t;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> contrast(const Tensor& source, const std::optional<Tensor>& source_delta,
+                                    const Tensor& target, const Tensor& target_delta, const Ints& weight_shape,
+                                    const Ints& stride, const Ints& padding, int64_t pool,
+                                    const std::optional<Tensor>& winners, double source_gain, double target_gain,
+                                    double centre, double scale) {
+  EP_CHECK(weight_shape.size() == 4 || weight_shape.size() == 2, kOp, "weight_shape", "2 or 4 sizes",
+           list(weight_shape));
+  for (int64_t n : weight_shape) EP_CHECK(n > 0, kOp, "weight_shape", "positive sizes", list(weight_shape));
+  const Tensor weight = empty(weight_shape, source);  // shape only: what ATen's gradient asks for
+  const Geometry g = geometry_of(kOp, weight, stride, padding, pool);
+  check_connection(kOp, source, weight, g);
+  const Ints driven = g.drive_shape(sizes(source), weight_shape);
+  check_like(kOp, "target", target, driven, source);
+  check_end("target", "target_delta", target, target_delta);
+  if (source_delta) check_end("source", "source_delta", source, *source_delta);
+  EP_CHECK(!(g.pool == Pool::kMax && !winners), kOp, "winners", "those of the free equilibrium (max pooling)", "none");
+  if (winners && g.pool == Pool::kMax) check_winners(kOp, *winners, driven, driven[0]);
+  for (const auto& [name, value] : {std::pair{"source_gain", source_gain}, {"target_gain", target_gain},
+                                    {"centre", centre}, {"scale", scale}}) {
+    EP_CHECK(std::isfinite(value), kOp, name, "a finite number", value);
+  }
+
+  const int64_t batch = source.size(0);
+  const Tensor bias = zeros({weight_shape[0]}, source);
+  if (batch == 0) return {zeros(weight_shape, source), bias};
+
+  // above = [scale * difference of target; mean of target], below = [mean of source; scale * difference of source]
+  const bool moving = source_delta.has_value();
+  Ints above_shape = driven, below_shape = sizes(source);
+  above_shape[0] = below_shape[0] = moving ? 2 * batch : batch;
+  Tensor above = empty(above_shape, source);
+  Tensor below = moving ? empty(below_shape, source) : dense(source);
+  const Tensor free_source = dense(source), free_target = dense(target), delta_target = dense(target_delta);
+  const auto [above_first, above_second] = moving ? halves(above) : std::pair{above, above};
+  dispatch(source.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    difference_and_mean<T>(free_target, delta_target, target_gain, centre, scale, above_first,
+                           moving ? &above_second : nullptr, &bias);
+    if (moving) {
+      const auto [below_first, below_second] = halves(below);
+      difference_and_mean<T>(free_source, dense(*source_delta), source_gain, centre, scale, below_second, &below_first,
+                             nullptr);
+    }
+    return 0;
+  });
+  if (g.linear) {
+    const Tensor flat = torch::stable::reshape(below, {below.size(0), weight_shape[1]});
+    return {aten::matmul(aten::transpose(above), flat), bias};
+  }
+  if (g.pool != Pool::kNone) {
+    std::optional<Tensor> won;
+    if (g.pool == Pool::kMax) won = dense(*winners);
+    above = unpool(above, won ? &*won : nullptr, g.map_size(sizes(source), weight_shape));
+  }
+  return {dense(aten::convolution_weight(above, below, weight, g.stride, g.padding)), bias};
+}
+
+}  // namespace ep::cpu

@@ -1,0 +1,56 @@
+// The element-wise mathematics of a relaxation step, once for every backend. Equations: docs/concepts.md.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define EP_HD __host__ __device__
+#else
+#define EP_HD
+#endif
+
+namespace ep {
+
+// Unknown of a relaxation: the states s; the delta d = s - s_free, clipped by cases; or its limit for small beta.
+enum class Form : int64_t { kStates = 0, kDelta = 1, kTangent = 2 };
+
+enum class Pool : int64_t { kNone = 0, kMax = 1, kAvg = 2 };
+
+template <typename T>
+EP_HD inline T clamp(T x, T lo, T hi) {
+  const T low = x < lo ? lo : x;  // a NaN passes through both
+  return low > hi ? hi : low;
+}
+
+// scale * (clip(pre + increment / scale) - clip(pre)), never adding the small increment to pre:
+// inside the box it is the increment itself, cut at the distances to the two bounds.
+template <typename T>
+EP_HD inline T delta_clip(T pre, T increment, T lo, T hi, T scale) {
+  const T below = (lo - pre) * scale;
+  const T above = (hi - pre) * scale;
+  const T width = (hi - lo) * scale;
+  const T inside = clamp(increment, below, above);
+  const T under = clamp(increment - below, T(0), width);
+  const T over = clamp(increment - above, -width, T(0));
+  return pre < lo ? under : (pre > hi ? over : (pre == pre ? inside : pre));  // a NaN on either side comes out
+}
+
+// Limit of delta_clip for a small increment: it passes strictly inside the box and nowhere else (but NaN does).
+template <typename T>
+EP_HD inline T tangent_clip(T pre, T increment, T lo, T hi) {
+  return (pre > lo) & (pre < hi) ? increment : increment * T(0);
+}
+
+// (1 - eta) * old + eta * target, with eta = 1 exact.
+template <typename T>
+EP_HD inline T damp(T old, T target, T eta) {
+  return (T(1) - eta) * old + eta * target;
+}
+
+// Maximum in which NaN wins, whichever side it is on.
+template <typename T>
+EP_HD inline T larger(T a, T b) {
+  return b > a || b != b ? b : a;
+}
+
+}  // namespace ep

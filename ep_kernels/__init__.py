@@ -1,0 +1,43 @@
+"""Equilibrium Propagation as fast kernels: relaxation steps and contrastive weight updates as torch ops."""
+
+from . import functional, reference
+from .backends import BackendError, backend
+from .config import RelaxConfig
+from .network import Connection, Head, Network
+from .parameters import Parameters
+from .plan import Plan, compile_plan
+from .solver import (
+    Equilibrium,
+    Nudged,
+    contrast_gradients,
+    ep_gradients,
+    free_phase,
+    nudged_phase,
+    readout,
+    targets_for,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "Connection",
+    "Equilibrium",
+    "Head",
+    "Network",
+    "Nudged",
+    "Parameters",
+    "Plan",
+    "RelaxConfig",
+    "__version__",
+    "backend",
+    "compile_plan",
+    "contrast_gradients",
+    "ep_gradients",
+    "free_phase",
+    "functional",
+    "nudged_phase",
+    "readout",
+    "reference",
+    "targets_for",
+]

@@ -1,0 +1,96 @@
+"""How a relaxation is solved and its phases compared: one frozen object."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+
+from .plan import FORMS, SCHEDULES, Form, Schedule, Winners
+
+Estimator = Literal["symmetric", "positive", "negative", "tangent"]
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+
+
+@dataclass(frozen=True)
+class RelaxConfig:
+    """How the two phases are solved and compared.
+
+    Args:
+        schedule: ``sweep`` (bottom-up free, top-down nudged), ``even_odd`` or ``sync``.
+        free_steps, nudged_steps: T and K, in sweeps.
+        beta: nudging strength, > 0; no part of ``tangent``.
+        estimator: ``symmetric`` (+beta and -beta in one batch of 2B), one-sided ``positive`` or ``negative``, or
+            ``tangent``, the limit of small beta: one linear phase.
+        form: ``delta`` relaxes ``d = s - s_free`` (needs frozen winners); ``states`` relaxes the states themselves.
+        winners: of max pooling in the nudged phases: ``frozen`` at the free equilibrium's, or ``live``.
+        linear_nudge: evaluate the nudge once, at the free equilibrium, instead of at every update.
+        damping: eta in (0, 1].
+        over_relaxation: omega in [1, 2): free sweeps after the first move every state omega times as far, within the
+            box. The energy still cannot rise (successive over-relaxation, Young 1954); around 1.1 a free phase of few
+            sweeps ends about three times closer to its equilibrium (docs/decisions.md). Without
+            effect when damping is below 1, and in ``sync``, which it would make oscillate.
+        tol: stop when the residual of every sample is at most this; 0 never stops early.
+        operands: dtype of the convolutions' operands: None (the states' own) or torch.bfloat16.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+
+    schedule: Schedule = "sweep"
+    free_steps: int = 4
+    nudged_steps: int = 3
+    beta: float = 0.05
+    estimator: Estimator = "symmetric"
+    form: Literal["states", "delta"] = "delta"
+    winners: Winners = "frozen"
+    linear_nudge: bool = False
+    damping: float = 1.0
+    over_relaxation: float = 1.15
+    tol: float = 0.0
+    operands: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, valid in (
+            ("schedule", self.schedule, SCHEDULES),
+            ("estimator", self.estimator, ESTIMATORS),
+            ("form", self.form, FORMS[:2]),
+            ("winners", self.winners, ("live", "frozen")),
+            ("operands", self.operands, (None, torch.bfloat16)),
+        ):
+            if value not in valid:
+                names = ", ".join(str(v) for v in valid)
+                raise ValueError(f"RelaxConfig: argument '{name}': expected one of {names}, got {value!r}")
+        for name, ok, expected in (
+            ("free_steps", self.free_steps >= 1, "an integer >= 1"),
+            ("nudged_steps", self.nudged_steps >= 1, "an integer >= 1"),
+            ("beta", math.isfinite(self.beta) and self.beta > 0, "a finite number > 0"),
+            ("damping", math.isfinite(self.damping) and 0 < self.damping <= 1, "a number in (0, 1]"),
+            ("over_relaxation", 1 <= self.over_relaxation < 2, "a number in [1, 2)"),
+            ("tol", math.isfinite(self.tol) and self.tol >= 0, "a finite number >= 0"),
+        ):
+            if not ok:
+                raise ValueError(f"RelaxConfig: argument '{name}': expected {expected}, got {getattr(self, name)!r}")
+        if self.winners == "live" and self.nudge_form != "states":
+            raise ValueError(
+                "RelaxConfig: argument 'winners': expected 'frozen' with form='delta' or estimator='tangent' "
+                "(deltas are relative to the free winners), got 'live'"
+            )
+
+    @property
+    def free_damping(self) -> float:
+        """eta of the free phase: over-relaxed where that is safe."""
+        return self.over_relaxation if self.damping == 1 and self.schedule != "sync" else self.damping
+
+    @property
+    def nudge_form(self) -> Form:
+        """Form of the nudged phase: the tangent is a delta form of its own."""
+        return "tangent" if self.estimator == "tangent" else self.form
+
+    @staticmethod
+    def classical(**changes: object) -> RelaxConfig:
+        """Settings of the published codes (Laborieux et al. 2021): synchronous, states, live winners, T 250, K 30."""
+        base = RelaxConfig("sync", 250, 30, beta=0.2, form="states", winners="live", over_relaxation=1.0)
+        return replace(base, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,273 @@
+"""The compiled ops, ``torch.ops.ep_kernels.*``, as PyTorch sees them: loading, fake implementations, autograd.
+
+Schemas are in csrc/ops.cpp. Fake implementations give shapes to torch.compile and FakeTensor; ``drive`` is
+differentiable (its adjoint is the feedback), the others refuse to be differentiated and say what to use instead.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library, reference
+from .network import POOLS
+
+_lock = threading.Lock()
+_ready = False
+
+
+def ensure() -> None:
+    """Load the compiled library and register what Python adds to its ops, once.
+
+    Raises:
+        ImportError: the library cannot be loaded, with the reason. RuntimeError: EP_KERNELS_ISA names no instruction
+            set that this processor and build run.
+    """
+    global _ready
+    if _ready:
+        return
+    with _lock:
+        if not _ready:
+            _library.load()
+            torch.ops.ep_kernels.cpu_isa()  # a wrong EP_KERNELS_ISA is an error now, not at the first pass
+            _register()
+            _ready = True
+
+
+def drive(*args: Any) -> tuple[Tensor, Tensor]:
+    """``torch.ops.ep_kernels.drive``."""
+    ensure()
+    return torch.ops.ep_kernels.drive(*args)  # type: ignore[no-any-return]
+
+
+def relax_step(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.ops.ep_kernels.relax_step``."""
+    ensure()
+    return torch.ops.ep_kernels.relax_step(*args)  # type: ignore[no-any-return]
+
+
+def contrast(*args: Any) -> tuple[Tensor, Tensor]:
+    """``torch.ops.ep_kernels.contrast``."""
+    ensure()
+    return torch.ops.ep_kernels.contrast(*args)  # type: ignore[no-any-return]
+
+
+def relax(*args: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """``torch.ops.ep_kernels.relax``."""
+    ensure()
+    return torch.ops.ep_kernels.relax(*args)  # type: ignore[no-any-return]
+
+
+def _one_device(op: str, first: Tensor, **others: Tensor | Sequence[Tensor | None] | None) -> None:
+    """The dispatcher takes meta tensors beside real ones to the fake implementations, and no further."""
+    for name, group in others.items():
+        for t in group if isinstance(group, (list, tuple)) else (group,):
+            if isinstance(t, Tensor) and t.device != first.device:
+                raise RuntimeError(f"{op}: argument '{name}': expected device {first.device}, got {t.device}")
+
+
+def _dense_empty(like: Tensor, shape: list[int], dtype: torch.dtype | None = None) -> Tensor:
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+
+
+def drive_shape(source: Tensor, weight: Tensor, stride: list[int], padding: list[int], pool: int) -> list[int]:
+    """Shape of a connection's drive, batch included; ``pool`` is an index into POOLS."""
+    if weight.dim() == 2:
+        return [source.shape[0], weight.shape[0]]
+    size = [
+        (n + 2 * p - k) // s + 1 for n, k, s, p in zip(source.shape[2:], weight.shape[2:], stride, padding, strict=True)
+    ]
+    return [source.shape[0], weight.shape[0], *(n // 2 if pool else n for n in size)]
+
+
+def _fake_drive(
+    source: Tensor, weight: Tensor, stride: list[int], padding: list[int], pool: int, winners: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _one_device("drive", source, weight=weight, winners=winners)
+    shape = drive_shape(source, weight, stride, padding, pool)
+    live = POOLS[pool] == "max" and winners is None
+    return _dense_empty(source, shape), _dense_empty(source, shape if live else [0], torch.uint8)
+
+
+def _fake_relax_step(
+    state: Tensor,
+    bias: Tensor | None,
+    drives: list[Tensor],
+    drive_gains: list[float],
+    below: list[Tensor],
+    below_weights: list[Tensor],
+    below_geometry: list[int],
+    below_gains: list[float],
+    above: list[Tensor],
+    above_weights: list[Tensor],
+    above_winners: list[Tensor],
+    above_geometry: list[int],
+    above_gains: list[float],
+    nudge: Tensor | None,
+    nudge_gain: float,
+    preactivation: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _one_device("relax_step", state, bias=bias, drives=drives, below=below, below_weights=below_weights)
+    _one_device("relax_step", state, above=above, above_weights=above_weights, above_winners=above_winners)
+    _one_device("relax_step", state, nudge=nudge, preactivation=preactivation)
+    keep = args[-1]
+    shape = list(state.shape)
+    return _dense_empty(state, shape), state.new_empty(shape[0]), _dense_empty(state, shape if keep else [0])
+
+
+def _fake_contrast(
+    source: Tensor,
+    source_delta: Tensor | None,
+    target: Tensor,
+    target_delta: Tensor,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    pool: int,
+    winners: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    _one_device(
+        "contrast", source, source_delta=source_delta, target=target, target_delta=target_delta, winners=winners
+    )
+    return _dense_empty(source, weight_shape), source.new_empty(weight_shape[:1])
+
+
+def _fake_relax(
+    states: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    drives: list[Tensor],
+    winners: list[Tensor],
+    free: list[Tensor],
+    preactivations: list[Tensor],
+    heads: list[Tensor],
+    extra: list[Tensor],
+    shapes: list[int],
+    connections: list[int],
+    head_spec: list[int],
+    program: list[int],
+    drive_gains: list[float],
+    feedback_gains: list[float],
+    nudge_gains: list[float],
+    scales: list[float],
+    head_scalars: list[float],
+    batch: int,
+    phases: int,
+    steps: int,
+    form: int,
+    frozen: bool,
+    deferred: bool,
+    bfloat16: bool,
+    keep: bool,
+    *_: Any,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    like = weights[0]
+    _one_device("relax", like, states=states, weights=weights, biases=biases, drives=drives, winners=winners)
+    _one_device("relax", like, free=free, preactivations=preactivations, heads=heads, extra=extra)
+    full = [[batch, *(n for n in shapes[3 * i : 3 * i + 3] if n)] for i in range(len(states))]
+    driven, stepped = _written(program, refresh=keep)
+    out_drives, out_winners = [], []
+    for c in range(len(weights)):
+        dst, pool = connections[7 * c + 1], connections[7 * c + 6]
+        out_drives.append(_dense_empty(like, full[dst] if c in driven else [0]))
+        won = c in driven and POOLS[pool] == "max" and not frozen
+        out_winners.append(_dense_empty(like, full[dst] if won else [0], torch.uint8))
+    return (
+        [_dense_empty(like, shape) for shape in full[1:]],
+        [_dense_empty(like, shape if keep and i in stepped else [0]) for i, shape in enumerate(full) if i],
+        out_drives,
+        out_winners,
+        like.new_empty(steps, batch),
+    )
+
+
+def _written(program: list[int], *, refresh: bool) -> tuple[set[int], set[int]]:
+    """Connections driven and nodes stepped by an encoded program."""
+    driven, stepped = set(), set()
+    at = 0
+
+    def section() -> None:
+        nonlocal at
+        count = program[at]
+        at += 1
+        for _ in range(count):
+            op, index = program[at], program[at + 1]
+            at += 2
+            if op == 0:
+                driven.add(index)
+            elif op == 2:
+                stepped.add(index)
+                at += 1
+                for _ in range(3):
+                    at += 1 + program[at]
+
+    section()
+    sweeps = program[at]
+    at += 1
+    for _ in range(sweeps):
+        section()
+    if refresh:
+        section()
+    return driven, stepped
+
+
+def _register() -> None:
+    for name, fake in (
+        ("drive", _fake_drive),
+        ("relax_step", _fake_relax_step),
+        ("contrast", _fake_contrast),
+        ("relax", _fake_relax),
+    ):
+        torch.library.register_fake(f"ep_kernels::{name}", fake)
+    torch.library.register_autograd("ep_kernels::drive", _drive_backward, setup_context=_drive_context)
+    for name in ("relax_step", "contrast", "relax"):
+        torch.library.register_autograd(f"ep_kernels::{name}", _refuse(name))
+
+
+def _drive_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    source, weight, ctx.stride, ctx.padding, ctx.pool, winners = inputs
+    won = output[1] if winners is None else winners
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(source, weight, won)
+
+
+def _drive_backward(ctx: Any, above: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    source, weight, winners = ctx.saved_tensors
+    pool = POOLS[ctx.pool]
+    grad_source = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        shape = list(source.shape[1:])
+        won = winners if pool == "max" else None
+        grad_source = reference.feedback(above, weight, shape, ctx.stride, ctx.padding, pool, won)
+    if ctx.needs_input_grad[1]:
+        size = [] if weight.dim() == 2 else drive_shape(source, weight, ctx.stride, ctx.padding, 0)[2:]
+        if weight.dim() == 2:
+            grad_weight = above.t() @ source.flatten(1)
+        else:
+            up = reference.unpool_map(above, pool, size, winners if pool == "max" else None)
+            grad_weight = reference.convolve_weight(up, source, weight.shape, ctx.stride, ctx.padding)
+    return grad_source, grad_weight, None, None, None, None
+
+
+def _refuse(name: str) -> Any:
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"ep_kernels::{name} has no derivative: EP gradients come from ep_kernels.ep_gradients, and "
+            "backpropagation through the relaxation from ep_train.bptt.bptt_gradients"
+        )
+
+    return backward
+
+
+def cpu_isa() -> str:
+    """Instruction set that the CPU passes use on this processor: ``baseline``, ``avx2`` or ``avx512``."""
+    ensure()
+    return ("baseline", "avx2", "avx512")[math.trunc(torch.ops.ep_kernels.cpu_isa())]

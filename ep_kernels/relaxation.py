@@ -1,0 +1,228 @@
+"""One relaxation as data: what a backend gets, what it returns, and the reference backend that executes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .network import Network
+from .plan import Drive, Form, Launch, Nudge, Plan, Step
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """A phase, ready to run: the plan, the tensors and every constant, resolved to numbers.
+
+    Shapes: B samples in the free phase; a nudged phase of both signs holds n = 2B (+beta first), others n = B. Tensors
+    of the free phase keep B samples and are read modulo B. In the delta forms node l holds ``d^l * scale[l]``.
+
+    Attributes:
+        network, plan, steps: what runs, and for how many sweeps.
+        weights: per connection. biases: per node (index 0 and nodes without a bias: None).
+        states: per node, the states at the start (None: zero); index 0 is the clamped input, None in the delta forms.
+        free: per node, states of the free equilibrium (delta forms only): the nudge is evaluated at ``free + d``.
+        preactivations: per node, gamma a of the free equilibrium (delta forms only).
+        drives, winners: kept ones by connection: of the clamped input, and of the free equilibrium.
+        head_weights, head_biases, targets: per head; extra: by node, dL/ds of further losses, held constant.
+        drive_gains, feedback_gains: per connection. nudge_gains, scales: per node.
+        damping: eta; up to 2 in states form, where the first sweep is never over-relaxed.
+        tol: stop when every sample's residual is at most this (0: never).
+        form: ``states``, ``delta`` or ``tangent``. frozen: the given winners are gathered, never recomputed.
+        phases: 2 when the batch holds both signs, else 1.
+        operands: dtype of the convolutions' operands; None is the states' own.
+        keep: return the preactivations of the last sweep and refresh the winners.
+    """
+
+    network: Network
+    plan: Plan
+    steps: int
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    states: Sequence[Tensor | None]
+    batch: int
+    drive_gains: Sequence[float]
+    feedback_gains: Sequence[float]
+    nudge_gains: Sequence[float]
+    scales: Sequence[float]
+    free: Sequence[Tensor] = ()
+    preactivations: Sequence[Tensor] = ()
+    drives: Mapping[int, Tensor] = field(default_factory=dict)
+    winners: Mapping[int, Tensor] = field(default_factory=dict)
+    head_weights: Sequence[Tensor | None] = ()
+    head_biases: Sequence[Tensor | None] = ()
+    targets: Sequence[Tensor] = ()
+    extra: Mapping[int, Tensor] = field(default_factory=dict)
+    damping: float = 1.0
+    tol: float = 0.0
+    form: Form = "states"
+    frozen: bool = False
+    phases: int = 1
+    operands: torch.dtype | None = None
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """What a relaxation leaves.
+
+    Attributes:
+        states: per node (index 0: the clamped input or None), [n, ...]; in the delta forms the scaled deltas.
+        preactivations: per node, gamma a of each node's last update; empty unless ``keep``.
+        drives, winners: computed in this phase, by connection.
+        residual: max over units of |s_{t+1} - s_t| per sweep and sample, [steps, n], in the states' units; -1 in the
+            rows of sweeps that an early stop left out.
+    """
+
+    states: list[Tensor | None]
+    preactivations: list[Tensor | None]
+    drives: dict[int, Tensor]
+    winners: dict[int, Tensor]
+    residual: Tensor
+
+
+def relax_reference(r: Relaxation) -> Relaxed:
+    """The reference backend: executes the plan launch by launch in plain PyTorch."""
+    return _Run(r).run()
+
+
+class _Run:
+    def __init__(self, r: Relaxation):
+        self.r = r
+        template = next(t for t in (*r.states, *r.free) if t is not None)
+        self.new = template.new_empty
+        self.states = list(r.states)
+        self.pending: dict[int, Tensor] = {}
+        self.pre: list[Tensor | None] = [None] * len(r.network.shapes)
+        self.drives, self.winners = dict(r.drives), dict(r.winners)
+        self.computed: set[int] = set()
+        self.nudges: dict[int, Tensor] = {}
+        half = r.batch // r.phases
+        sign = torch.ones(r.batch, dtype=template.dtype, device=template.device)
+        sign[half:] = -1
+        self.sign = sign
+
+    def run(self) -> Relaxed:
+        r = self.r
+        residual = self.new((r.steps, r.batch)).fill_(-1.0)
+        for launch in r.plan.prologue:
+            self.launch(launch)
+        for t in range(r.steps):
+            self.change = self.new(r.batch).zero_()
+            self.damping = min(r.damping, 1.0) if t == 0 else r.damping
+            for launch in r.plan.sweep(t):
+                self.launch(launch)
+            for node, state in self.pending.items():
+                self.states[node] = state
+            self.pending.clear()
+            residual[t] = self.change
+            if r.tol > 0 and t > 0 and bool((self.change <= r.tol).all()):
+                break
+        if r.keep:
+            for refresh in r.plan.refresh:
+                self.launch(refresh)
+        for i, shape in enumerate(r.network.shapes):
+            if i and self.states[i] is None:  # nothing reached it in so few sweeps
+                self.states[i] = self.new((r.batch, *shape)).zero_()
+        kept = {c: self.drives[c] for c in self.computed}
+        winners = {c: self.winners[c] for c in self.computed if c in self.winners}
+        return Relaxed(self.states, self.pre if r.keep else [], kept, winners, residual)
+
+    def launch(self, launch: Launch) -> None:
+        if isinstance(launch, Drive):
+            self.drive(launch.connection)
+        elif isinstance(launch, Nudge):
+            self.nudge(launch.node)
+        else:
+            self.step(launch)
+
+    def convolve(self, c: int) -> Tensor:
+        """The pooled drive of connection c from its source's current state, and its winners if they are live."""
+        r, conn = self.r, self.r.network.connections[c]
+        source, weight = self.states[conn.src], r.weights[c]
+        assert source is not None
+        z = reference.convolve(_cast(source, r.operands), _cast(weight, r.operands), conn.stride, conn.padding)
+        frozen = self.winners[c] if r.frozen and conn.pool == "max" else None
+        pooled, winners = reference.pool_map(z.to(source.dtype), conn.pool, frozen)
+        if winners is not None:
+            self.winners[c] = winners
+        return pooled
+
+    def feedback(self, c: int) -> Tensor:
+        r, conn = self.r, self.r.network.connections[c]
+        above, weight, shape = self.states[conn.dst], r.weights[c], r.network.shapes[conn.src]
+        assert above is not None
+        winners = self.winners.get(c)
+        if winners is None and conn.pool == "max":  # the source is still zero: every tie goes to the first
+            winners = torch.zeros_like(above, dtype=torch.uint8)
+        back = reference.feedback(
+            _cast(above, r.operands), _cast(weight, r.operands), shape, conn.stride, conn.padding, conn.pool, winners
+        )
+        return back.to(above.dtype)
+
+    def drive(self, c: int) -> None:
+        self.drives[c] = self.convolve(c)
+        self.computed.add(c)
+
+    def nudge(self, node: int) -> None:
+        r = self.r
+        state = self.states[node]
+        if r.form != "states":
+            # the tangent is taken at the free equilibrium itself
+            free = r.free[node].repeat(r.phases, *[1] * (r.free[node].dim() - 1))
+            state = free if state is None or r.form == "tangent" else free + state / r.scales[node]
+        elif state is None:
+            state = self.new((r.batch, *r.network.shapes[node])).zero_()
+        total = torch.zeros_like(state)
+        for h, head in enumerate(r.network.heads):
+            if head.node == node:
+                target = r.targets[h].repeat(r.phases, *[1] * (r.targets[h].dim() - 1))
+                total = total + reference.head_gradient(head, state, r.head_weights[h], r.head_biases[h], target)
+        if node in r.extra:
+            total = total + r.extra[node].repeat(r.phases, *[1] * (state.dim() - 1))
+        self.nudges[node] = total
+
+    def step(self, step: Step) -> None:
+        r, node = self.r, step.node
+        net = r.network
+        shape = (r.batch, *net.shapes[node])
+        trailing = [1] * (len(shape) - 1)
+        old = self.states[node]
+        if old is None:
+            old = self.new(shape).zero_()
+        a = torch.zeros_like(old)
+        bias = r.biases[node]
+        if r.form == "states" and bias is not None:
+            a = a + bias.view(-1, *[1] * (len(shape) - 2))
+        for c in step.finished:
+            drive = self.drives[c]
+            a = a + r.drive_gains[c] * drive.repeat(r.batch // max(drive.shape[0], 1), *trailing)
+        for c in step.below:
+            a = a + r.drive_gains[c] * self.convolve(c)
+        for c in step.above:
+            a = a + r.feedback_gains[c] * self.feedback(c)
+        if step.nudged:
+            a = a + r.nudge_gains[node] * self.sign.view(-1, *trailing) * self.nudges[node]
+        if r.form == "states":
+            new = reference.update(old, a, self.damping, net.slope, net.lo, net.hi)
+        else:
+            pre = r.preactivations[node].repeat(r.phases, *trailing)
+            if r.form == "delta":
+                target = reference.delta_clip(pre, net.slope * a, net.lo, net.hi, r.scales[node])
+            else:
+                target = reference.tangent_clip(pre, net.slope * a, net.lo, net.hi)
+            new = (1 - r.damping) * old + r.damping * target
+        self.pre[node] = net.slope * a
+        change = (new - old).abs().flatten(1).amax(1) / r.scales[node]
+        self.change = torch.maximum(self.change, change)
+        if r.plan.deferred:
+            self.pending[node] = new
+        else:
+            self.states[node] = new
+
+
+def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x.to(dtype)

@@ -1,0 +1,391 @@
+"""Equilibrium Propagation on a network: the free phase, the nudged phases, and the gradients from their contrast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .config import RelaxConfig
+from .network import Network, Shape
+from .parameters import Parameters
+from .plan import compile_plan
+from .relaxation import Relaxation, Relaxed
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """Result of the free phase.
+
+    Attributes:
+        states: per node, [B, ...]; index 0 is the clamped input.
+        preactivations: per node, gamma a of its last update ([] when not kept).
+        drives, winners: kept by connection, for the nudged phases.
+        residual: [B], max over units of |s_{t+1} - s_t| in the last sweep that ran.
+        trace: [steps, B], the residual of every sweep.
+        steps: sweeps that ran.
+        converged: every residual is at most ``tol`` (False when tol is 0, which never tests).
+    """
+
+    states: list[Tensor]
+    preactivations: list[Tensor | None]
+    drives: dict[int, Tensor]
+    winners: dict[int, Tensor]
+    residual: Tensor
+    trace: Tensor
+    steps: int
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Nudged:
+    """Result of the nudged phases: ``deltas[i] / scales[i] = s^i - s_free^i``, [B, ...] or [2B, ...] (+beta first).
+
+    ``beta`` is signed (-beta for the ``negative`` estimator); ``centre`` is the weight of the deltas in the contrast's
+    mean (1/2, or 0 for the tangent).
+    """
+
+    deltas: list[Tensor | None]
+    scales: list[float]
+    phases: int
+    beta: float
+    centre: float
+    trace: Tensor
+
+
+def free_phase(
+    network: Network,
+    parameters: Parameters,
+    x: Tensor,
+    config: RelaxConfig | None = None,
+    *,
+    states: Sequence[Tensor | None] | None = None,
+    keep: bool = False,
+    backend: str | None = None,
+) -> Equilibrium:
+    """Relax with beta = 0 from zero states, or from ``states``, for ``free_steps`` sweeps.
+
+    Args:
+        x: the clamped input, [B, C, H, W] or [B, F].
+        states: warm start, per node (index 0 is not read).
+        keep: keep what the nudged phases need (preactivations, up-to-date winners).
+        backend: name; None is the current one (:func:`ep_kernels.backend`).
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device.
+    """
+    config = config or RelaxConfig()
+    _check_input(network, parameters, x)
+    warm = states is not None
+    if states is not None:
+        _check_states(network, states, x)
+    plan = compile_plan(network, config.schedule, "free", warm=warm, steps=config.free_steps)
+    start = [x, *(states[1:] if states is not None else [None] * (len(network.shapes) - 1))]
+    nodes, count = len(network.shapes), len(network.connections)
+    relaxed = backends.relax(
+        Relaxation(
+            network,
+            plan,
+            config.free_steps,
+            parameters.weights,
+            parameters.biases,
+            start,
+            x.shape[0],
+            drive_gains=[1.0] * count,
+            feedback_gains=[network.feedback_coefficient(c) for c in range(count)],
+            nudge_gains=[0.0] * nodes,
+            scales=[1.0] * nodes,
+            damping=config.free_damping,
+            tol=config.tol,
+            operands=config.operands,
+            keep=keep,
+        ),
+        backend,
+    )
+    steps = _steps_run(relaxed, config)
+    residual = relaxed.residual[steps - 1]
+    converged = config.tol > 0 and bool((residual <= config.tol).all())
+    final = [s for s in relaxed.states if s is not None]
+    return Equilibrium(
+        final,
+        relaxed.preactivations,
+        relaxed.drives,
+        relaxed.winners,
+        residual,
+        relaxed.residual[:steps],
+        steps,
+        converged,
+    )
+
+
+def nudged_phase(
+    network: Network,
+    parameters: Parameters,
+    equilibrium: Equilibrium,
+    targets: Sequence[Tensor],
+    config: RelaxConfig | None = None,
+    *,
+    extra: Mapping[int, Tensor] | None = None,
+    backend: str | None = None,
+) -> Nudged:
+    """Relax with ±beta for ``nudged_steps`` sweeps from a free equilibrium found with ``keep=True``.
+
+    Args:
+        targets: per head, [B, ...] in the shape of its output: probabilities (one-hot labels) or values.
+        extra: by node, dL/ds of further losses per sample, [B, ...], held constant through the phase.
+
+    Raises:
+        ValueError: an equilibrium without ``keep``; targets or extra of the wrong shape.
+    """
+    config = config or RelaxConfig()
+    extra = dict(extra or {})
+    if not equilibrium.preactivations:
+        raise ValueError("nudged_phase: argument 'equilibrium': expected one found with keep=True, got one without")
+    x = equilibrium.states[0]
+    _check_targets(network, targets, extra, equilibrium.states)
+    form = config.nudge_form
+    phases = 2 if config.estimator == "symmetric" else 1
+    beta = 1.0 if form == "tangent" else -config.beta if config.estimator == "negative" else config.beta
+    scales = delta_scales(network, beta) if form != "states" else [1.0] * len(network.shapes)
+    plan = compile_plan(
+        network,
+        config.schedule,
+        "nudged",
+        form=form,
+        winners=config.winners,
+        linear_nudge=config.linear_nudge,
+        warm=form == "states",
+        kept=frozenset(_valid_drives(network, config, equilibrium)) if form == "states" else frozenset(),
+        extra=frozenset(extra),
+        steps=config.nudged_steps,
+    )
+    batch = phases * x.shape[0]
+    count = len(network.connections)
+    if form == "states":
+        start: list[Tensor | None] = [_tile(s, phases) for s in equilibrium.states]
+    else:
+        start = [None] * len(network.shapes)
+    ratio = [scales[conn.dst] / scales[conn.src] if conn.src else 1.0 for conn in network.connections]
+    relaxed = backends.relax(
+        Relaxation(
+            network,
+            plan,
+            config.nudged_steps,
+            parameters.weights,
+            parameters.biases,
+            start,
+            batch,
+            drive_gains=ratio,
+            feedback_gains=[network.feedback_coefficient(c) / ratio[c] for c in range(count)],
+            nudge_gains=[
+                -beta * network.nudge_coefficient(i) * scales[i] if i else 0.0 for i in range(len(network.shapes))
+            ],
+            scales=scales,
+            free=equilibrium.states,
+            preactivations=[t if t is not None else x for t in equilibrium.preactivations],
+            drives=equilibrium.drives if form == "states" else {},
+            winners=equilibrium.winners,
+            head_weights=parameters.head_weights,
+            head_biases=parameters.head_biases,
+            targets=targets,
+            extra=extra,
+            damping=config.damping,
+            tol=config.tol,
+            form=form,
+            frozen=config.winners == "frozen",
+            phases=phases,
+            operands=config.operands,
+        ),
+        backend,
+    )
+    deltas: list[Tensor | None] = [None]
+    for free, state in zip(equilibrium.states[1:], relaxed.states[1:], strict=True):
+        assert state is not None
+        deltas.append(state - _tile(free, phases) if form == "states" else state)
+    return Nudged(deltas, scales, phases, beta, 0.0 if form == "tangent" else 0.5, relaxed.residual)
+
+
+def contrast_gradients(
+    network: Network,
+    parameters: Parameters,
+    equilibrium: Equilibrium,
+    nudged: Nudged,
+    targets: Sequence[Tensor],
+    *,
+    backend: str | None = None,
+) -> Parameters:
+    """Gradients of the batch-mean loss from the two phases (Laborieux et al. 2021, with the feedback gain).
+
+    ``dL/dW_c = -k^(level(dst)-N) ( d<s^dst, drive_c>/dW at +beta - the same at -beta ) / (2 beta)``; heads get the mean
+    of their ordinary gradients at the contrasted states.
+    """
+    x = equilibrium.states[0]
+    batch = max(x.shape[0], 1)
+    span = nudged.beta * (2 if nudged.phases == 2 else 1)
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = [None] * len(network.shapes)
+    for c, conn in enumerate(network.connections):
+        level_gain = network.nudge_coefficient(conn.dst)
+        delta = nudged.deltas[conn.dst]
+        assert delta is not None
+        weight, bias = backends.contrast(
+            equilibrium.states[conn.src],
+            nudged.deltas[conn.src],
+            equilibrium.states[conn.dst],
+            delta,
+            parameters.weights[c],
+            conn,
+            equilibrium.winners.get(c),
+            source_gain=1 / nudged.scales[conn.src],
+            target_gain=1 / nudged.scales[conn.dst],
+            centre=nudged.centre,
+            scale=-1 / (level_gain * span * batch),
+            backend=backend,
+        )
+        weights.append(weight)
+        biases[conn.dst] = bias
+    head_weights, head_biases = _head_gradients(network, parameters, equilibrium, nudged, targets)
+    return Parameters(weights, biases, head_weights, head_biases)
+
+
+def ep_gradients(
+    network: Network,
+    parameters: Parameters,
+    x: Tensor,
+    targets: Sequence[Tensor],
+    config: RelaxConfig | None = None,
+    *,
+    states: Sequence[Tensor | None] | None = None,
+    extra: Mapping[int, Tensor] | None = None,
+    backend: str | None = None,
+) -> tuple[Parameters, Equilibrium]:
+    """One EP step: free phase, nudged phases, contrast. Returns the gradients and the free equilibrium."""
+    equilibrium = free_phase(network, parameters, x, config, states=states, keep=True, backend=backend)
+    nudged = nudged_phase(network, parameters, equilibrium, targets, config, extra=extra, backend=backend)
+    return contrast_gradients(network, parameters, equilibrium, nudged, targets, backend=backend), equilibrium
+
+
+def readout(network: Network, parameters: Parameters, equilibrium: Equilibrium, head: int = 0) -> Tensor:
+    """Outputs of a head (0: the readout) at the equilibrium: logits, or values for ``mse``; [B, outputs]."""
+    spec = network.heads[head]
+    state = equilibrium.states[spec.node]
+    return reference.head_output(spec, state, parameters.head_weights[head], parameters.head_biases[head])
+
+
+def targets_for(network: Network, labels: Tensor, classes: int, dtype: torch.dtype) -> list[Tensor]:
+    """One-hot targets of every head from integer labels [B]."""
+    one_hot = torch.nn.functional.one_hot(labels, classes).to(dtype)
+    return [one_hot] * len(network.heads)
+
+
+def delta_scales(network: Network, beta: float) -> list[float]:
+    """Power-of-two scale of each node's delta: about 1 / (beta k^(N-l)), so that a scaled delta is of order 1."""
+    scales = [1.0]
+    for i in range(1, len(network.shapes)):
+        exponent = round(-math.log2(abs(beta) * network.nudge_coefficient(i)))
+        scales.append(math.ldexp(1.0, min(max(exponent, -100), 100)))
+    return scales
+
+
+def _valid_drives(network: Network, config: RelaxConfig, equilibrium: Equilibrium) -> set[int]:
+    """Kept drives that are still those of the equilibrium: the clamped input's, and in bottom-up sweeps all."""
+    if config.schedule == "sweep":
+        return set(equilibrium.drives)
+    refreshed = {c for c in equilibrium.drives if network.connections[c].pool == "max"}
+    return refreshed | {c for c in equilibrium.drives if network.connections[c].src == 0}
+
+
+def _head_gradients(
+    network: Network, parameters: Parameters, equilibrium: Equilibrium, nudged: Nudged, targets: Sequence[Tensor]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    weights: list[Tensor | None] = []
+    biases: list[Tensor | None] = []
+    for h, head in enumerate(network.heads):
+        weight, free = parameters.head_weights[h], equilibrium.states[head.node]
+        if weight is None:
+            weights.append(None)
+            biases.append(None)
+            continue
+        delta = nudged.deltas[head.node]
+        assert delta is not None
+        if nudged.centre == 0.0:  # tangent: both phases are the free equilibrium
+            state, tiles = free, 1
+        elif nudged.phases == 2:
+            state, tiles = _tile(free, 2) + delta / nudged.scales[head.node], 2
+        else:
+            state, tiles = torch.cat([free + delta / nudged.scales[head.node], free]), 2
+        z = reference.head_output(head, state, weight, parameters.head_biases[h])
+        error = reference.head_error(head, z, _tile(targets[h], tiles)) / max(state.shape[0], 1)
+        feature = reference.head_feature(head, state)
+        if head.pointwise:
+            error = error.movedim(1, -1).flatten(0, -2)
+            feature = feature.movedim(1, -1)
+            weights.append((error.t() @ feature.flatten(0, -2)).view_as(weight))
+        else:
+            weights.append(error.t() @ feature.flatten(1))
+        biases.append(error.sum(0))
+    return weights, biases
+
+
+def _tile(x: Tensor, times: int) -> Tensor:
+    return x if times == 1 else torch.cat([x] * times)
+
+
+def _steps_run(relaxed: Relaxed, config: RelaxConfig) -> int:
+    if config.tol == 0 or relaxed.residual.numel() == 0:
+        return config.free_steps
+    return int((relaxed.residual[:, 0] != -1).sum())  # -1 marks the sweeps that an early stop left out
+
+
+def _check_input(network: Network, parameters: Parameters, x: Tensor) -> None:
+    if tuple(x.shape[1:]) != network.shapes[0] or x.dim() < 2:
+        raise ValueError(
+            f"free_phase: argument 'x': expected shape [B, {_list(network.shapes[0])}], got {list(x.shape)}"
+        )
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"free_phase: argument 'x': expected a floating-point dtype, got {x.dtype}")
+    for name, tensor in parameters.named().items():
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"free_phase: parameter '{name}': expected {x.dtype} on {x.device} (as 'x'), "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def _check_states(network: Network, states: Sequence[Tensor | None], x: Tensor) -> None:
+    if len(states) != len(network.shapes):
+        raise ValueError(f"free_phase: argument 'states': expected {len(network.shapes)} entries, got {len(states)}")
+    for i, (state, shape) in enumerate(zip(states, network.shapes, strict=True)):
+        if i and (state is None or tuple(state.shape) != (x.shape[0], *shape)):
+            got = "None" if state is None else str(list(state.shape))
+            raise ValueError(
+                f"free_phase: argument 'states[{i}]': expected shape [{x.shape[0]}, {_list(shape)}], got {got}"
+            )
+
+
+def _check_targets(
+    network: Network, targets: Sequence[Tensor], extra: Mapping[int, Tensor], states: Sequence[Tensor]
+) -> None:
+    if len(targets) != len(network.heads):
+        raise ValueError(
+            f"nudged_phase: argument 'targets': expected {len(network.heads)} (one per head), got {len(targets)}"
+        )
+    batch = states[0].shape[0]
+    for h, (head, target) in enumerate(zip(network.heads, targets, strict=True)):
+        shape = (batch, *head.output_shape(network.shapes[head.node]))
+        if tuple(target.shape) != shape:
+            raise ValueError(
+                f"nudged_phase: argument 'targets[{h}]': expected shape {list(shape)}, got {list(target.shape)}"
+            )
+    for node, tensor in extra.items():
+        if not 1 <= node < len(states) or tensor.shape != states[node].shape:
+            expected = f"shape {list(states[node].shape)}" if 1 <= node < len(states) else "a node of the network"
+            raise ValueError(f"nudged_phase: argument 'extra[{node}]': expected {expected}, got {list(tensor.shape)}")
+
+
+def _list(shape: Shape) -> str:
+    return ", ".join(map(str, shape))

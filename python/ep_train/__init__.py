@@ -1,0 +1,19 @@
+"""A thin trainer on ep_kernels: models, data, EP and BPTT steps, a command line."""
+
+from .config import TrainConfig
+from .models import ARCHITECTURES, Model, build_network
+from .step import bptt_step, ep_step, predict
+from .trainer import Trainer, resume, train
+
+__all__ = [
+    "ARCHITECTURES",
+    "Model",
+    "TrainConfig",
+    "Trainer",
+    "bptt_step",
+    "build_network",
+    "ep_step",
+    "predict",
+    "resume",
+    "train",
+]

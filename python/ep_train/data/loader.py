@@ -1,0 +1,187 @@
+"""Ready batches: uint8 images stay on the device and become normalised float32 batches there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ep_train.data.dataset import DataError, Dataset
+
+Normalise = Literal["unit", "standard"]
+Split = Literal["train", "test"]
+
+
+def default_normalise(dataset: Dataset) -> Normalise:
+    """`unit` for the digits, `standard` for everything else."""
+    return "unit" if dataset.name == "digits" else "standard"
+
+
+class Batches:
+    """One split of a dataset as batches, the same for the same (seed, epoch) on every device.
+
+    The order is drawn from (seed, epoch), an image's augmentation from (seed, epoch, image): batch i
+    does not depend on which batches were read before it, so a resumed run can start anywhere.
+
+    A batch is (images, labels): float32 [B, C, H, W] in channels_last memory, and int64 [B].
+
+    Attributes:
+        images: uint8 [N, H, W, C], on the device.
+        labels: int64 [N], on the device.
+        normalise: the normalisation in use.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: Split = "train",
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool | None = None,
+        drop_last: bool | None = None,
+        normalise: Normalise | None = None,
+        crop_padding: int = 0,
+        flip: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Copy the split to the device.
+
+        Args:
+            dataset: where the images, and the mean and std of its training split, come from.
+            split: `train` or `test`.
+            batch_size: images per batch.
+            seed: 0 or more.
+            shuffle: another order every epoch; default: only for `train`.
+            drop_last: leave out a last batch that is not full; default: only for `train`.
+            normalise: `unit` is x / 255; `standard` is (x / 255 - mean) / std per channel, where a std
+                below half a grey level counts as 1. Default: `default_normalise(dataset)`.
+            crop_padding: pad with this many black pixels on every side, then crop at random to the
+                old size; 0: off. Black is 0 before normalisation.
+            flip: mirror every second image, on average, left to right.
+            device: where the images are kept and the batches made.
+
+        Raises:
+            DataError: an argument is out of range, or there is no full batch and `drop_last` is set.
+        """
+        if split not in get_args(Split):
+            raise DataError(f"split must be one of {', '.join(get_args(Split))}; got {split!r}")
+        if normalise is not None and normalise not in get_args(Normalise):
+            raise DataError(f"normalise must be one of {', '.join(get_args(Normalise))}; got {normalise!r}")
+        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("crop_padding", crop_padding, 0)):
+            if value < least:
+                raise DataError(f"{name} must be {least} or more, got {value}")
+        training = split == "train"
+        images = dataset.train_images if training else dataset.test_images
+        labels = dataset.train_labels if training else dataset.test_labels
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = training if shuffle is None else shuffle
+        self.drop_last = training if drop_last is None else drop_last
+        self.normalise: Normalise = default_normalise(dataset) if normalise is None else normalise
+        self.crop_padding = crop_padding
+        self.flip = flip
+        self.device = torch.device(device)
+        if self.drop_last and len(images) < batch_size:
+            raise DataError(
+                f"batch_size {batch_size} leaves no full batch of the {len(images)} {split} images;"
+                " use a smaller one, or drop_last=False"
+            )
+        self.images = images.to(self.device).permute(0, 2, 3, 1).contiguous()
+        self.labels = labels.to(self.device)
+        # One row of pixels [W * C], so that the arithmetic runs over long rows, not over 3 channels.
+        width = images.shape[3]
+        std = [value if value > 0.5 / 255 else 1.0 for value in dataset.std]
+        self._mean = torch.tensor(dataset.mean, dtype=torch.float32, device=self.device).repeat(width)
+        self._std = torch.tensor(std, dtype=torch.float32, device=self.device).repeat(width)
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        count = len(self.labels)
+        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images in one epoch, without what `drop_last` leaves out."""
+        return len(self) * self.batch_size if self.drop_last else len(self.labels)
+
+    def epoch(self, epoch: int = 0, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch, from batch `start` on.
+
+        Args:
+            epoch: 0 or more; another epoch has another order and other crops and flips.
+            start: the first batch wanted, 0..len(self).
+
+        Raises:
+            DataError: epoch or start out of range.
+        """
+        if epoch < 0:
+            raise DataError(f"epoch must be 0 or more, got {epoch}")
+        if not 0 <= start <= len(self):
+            raise DataError(f"start must be in 0..{len(self)}, got {start}")
+        return self._epoch(epoch, start)
+
+    def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        count = len(self.labels)
+        # On the host, so that every device sees the same numbers; copied to the device once an epoch.
+        order_numbers, shift_numbers, flip_numbers = (
+            np.random.default_rng((self.seed, epoch, stream)) for stream in range(3)
+        )
+        order = torch.arange(count, device=self.device)
+        shifts = mirror = None
+        if self.shuffle:
+            order = torch.from_numpy(order_numbers.permutation(count)).to(self.device)
+        if self.crop_padding:
+            drawn = shift_numbers.integers(0, 2 * self.crop_padding + 1, size=(count, 2))
+            shifts = torch.from_numpy(drawn).to(self.device)
+        if self.flip:
+            mirror = torch.from_numpy(flip_numbers.integers(0, 2, size=count) == 1).to(self.device)
+        for batch in range(start, len(self)):
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            pixels = self.images.index_select(0, chosen)
+            if shifts is not None or mirror is not None:
+                pixels = augment(
+                    pixels,
+                    self.crop_padding,
+                    None if shifts is None else shifts.index_select(0, chosen),
+                    None if mirror is None else mirror.index_select(0, chosen),
+                )
+            yield self._normalised(pixels), self.labels.index_select(0, chosen)
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, H, W, C] to float32 [B, C, H, W], channels_last."""
+        values = pixels.to(torch.float32).div_(255)
+        if self.normalise == "standard":
+            values.view(*values.shape[:2], -1).sub_(self._mean).div_(self._std)
+        return values.permute(0, 3, 1, 2)
+
+
+def augment(pixels: Tensor, padding: int, shifts: Tensor | None, mirror: Tensor | None) -> Tensor:
+    """Crop and mirror a batch with one gather; every image has its own crop.
+
+    Args:
+        pixels: [B, H, W, C].
+        padding: black pixels added on every side before the crop.
+        shifts: int64 [B, 2], the row and column in 0..2*padding where the crop starts; None: no crop.
+        mirror: bool [B], which images are mirrored left to right (after the crop); None: none.
+
+    Returns:
+        [B, H, W, C], of the same dtype.
+    """
+    count, height, width, channels = pixels.shape
+    device = pixels.device
+    rows = torch.arange(height, device=device).expand(count, height)
+    columns = torch.arange(width, device=device).expand(count, width)
+    if mirror is not None:
+        columns = torch.where(mirror[:, None], width - 1 - columns, columns)
+    if shifts is not None:
+        pixels = pad(pixels, (0, 0, padding, padding, padding, padding))
+        rows, columns = rows + shifts[:, :1], columns + shifts[:, 1:]
+    padded_height, padded_width = pixels.shape[1:3]
+    first = torch.arange(count, device=device) * padded_height
+    source = (first[:, None] + rows)[:, :, None] * padded_width + columns[:, None, :]  # [B, H, W]
+    return pixels.reshape(-1, channels).index_select(0, source.reshape(-1)).view(count, height, width, channels)

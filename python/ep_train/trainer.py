@@ -1,0 +1,311 @@
+"""The training loop: data, model, optimizer, evaluation, run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ep_kernels
+from ep_kernels import backends
+
+from . import checkpoint
+from .config import TrainConfig
+from .curves import plot_curves
+from .data import Batches, Dataset, load_dataset
+from .memory import peak_memory_bytes
+from .models import Model, build_network
+from .progress import Progress
+from .run_folder import RunFolder
+from .step import bptt_step, ep_step, predict
+
+
+class Diverged(RuntimeError):
+    """The loss is not finite; the run ends with what its last checkpoint holds."""
+
+
+class Trainer:
+    """One run. Build it, then :meth:`run`."""
+
+    def __init__(self, config: TrainConfig, *, dataset: Dataset | None = None) -> None:
+        """
+        Args:
+            config: the run.
+            dataset: already loaded; default: ``config.dataset`` is loaded.
+
+        Raises:
+            DataError, ValueError: the data cannot be read, or an argument does not fit it.
+        """
+        self.config = config
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        if dataset is None:
+            dataset = load_dataset(
+                config.dataset,
+                root=config.data_root,
+                train_limit=config.train_limit,
+                test_limit=config.test_limit,
+                seed=config.seed,
+            )
+        self.dataset = dataset
+        network = build_network(
+            config.model_name,
+            dataset.image_shape,
+            dataset.classes,
+            width=config.width,
+            pool=config.pool,
+            readout=config.readout,
+            local_heads=config.local_heads,
+            local_weight=config.local_weight,
+            feedback_gain=config.feedback_gain,
+            slope=config.slope,
+        )
+        self.model = Model(network, weight_gain=config.weight_gain, seed=config.seed)
+        self.train = Batches(
+            dataset,
+            "train",
+            batch_size=config.batch_size,
+            seed=config.seed,
+            crop_padding=config.crop_padding,
+            flip=config.flip,
+        )
+        self.test = Batches(dataset, "test", batch_size=min(256, len(dataset.test_labels)))
+        self.optimizer = make_optimizer(self.model, config)
+        self.scheduler = make_scheduler(self.optimizer, config, config.epochs * len(self.train))
+        self.epoch = 0  # finished ones
+        self.seconds = 0.0  # of training itself, without evaluation
+        self.rows: list[dict[str, Any]] = []
+
+    # ---- one epoch ----
+
+    def train_epoch(self, progress: Progress) -> dict[str, Any]:
+        """Train on every batch once; returns the epoch's row of metrics (without the test accuracy)."""
+        config = self.config
+        epoch = self.epoch + 1
+        signs = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        progress.start_epoch(epoch, len(self.train))
+        loss_sum, correct, seen, residual_sum = 0.0, 0, 0, 0.0
+        began = time.perf_counter()
+        for images, labels in self.train.epoch(epoch):
+            positive = bool(torch.randint(2, (1,), generator=signs))
+            relax = config.relax_config(positive_sign=positive)
+            result = (ep_step if config.method == "ep" else bptt_step)(self.model, images, labels, relax)
+            loss = float(result.loss)
+            if not math.isfinite(loss):
+                raise Diverged(
+                    f"the loss became {loss} in epoch {epoch} after {seen} images: lower --lr or --feedback-gain, "
+                    "or raise --free-steps"
+                )
+            self.optimizer.step()
+            self.scheduler.step()
+            count = len(labels)
+            seen += count
+            loss_sum += loss * count
+            correct += int(result.correct)
+            residual = float(result.residual) if result.residual is not None else math.nan
+            residual_sum += residual * count
+            elapsed = time.perf_counter() - began
+            progress.update(
+                loss=loss_sum / seen,
+                accuracy=correct / seen,
+                residual=None if math.isnan(residual) else residual,
+                images_per_second=seen / elapsed,
+            )
+        elapsed = time.perf_counter() - began
+        self.seconds += elapsed
+        self.epoch = epoch
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "step": epoch * len(self.train),
+            "train_loss": loss_sum / seen,
+            "train_accuracy": correct / seen,
+            "images_per_second": seen / elapsed,
+            "seconds": elapsed,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        if not math.isnan(residual_sum):
+            row["residual"] = residual_sum / seen
+        return row
+
+    def evaluate(self) -> float:
+        """Accuracy on the test images, at the free equilibrium."""
+        correct = 0
+        for images, labels in self.test.epoch(0):
+            z, _ = predict(self.model, images, self.config.relax_config())
+            correct += int((z.argmax(1) == labels).sum())
+        return correct / len(self.dataset.test_labels)
+
+    # ---- the run ----
+
+    def run(self, folder: RunFolder) -> dict[str, Any]:
+        """Train to the last epoch, or to Ctrl-C; returns the summary, which is also in the folder.
+
+        Raises:
+            Diverged: the loss is not finite (the summary is written first).
+        """
+        status, failure = "finished", None
+        with _backend(self.config.backend), Progress(self.config.epochs, quiet=self.config.quiet) as progress:
+            progress.note(self.headline())
+            try:
+                while self.epoch < self.config.epochs:
+                    row = self.train_epoch(progress)
+                    row["test_accuracy"] = self.evaluate()
+                    progress.end_epoch(row)
+                    self.rows.append(row)
+                    folder.append_metrics(row)
+                    checkpoint.save(folder.path, self.state())
+            except KeyboardInterrupt:
+                status = "interrupted"
+                progress.note(f"stopped by Ctrl-C after {self.epoch} of {self.config.epochs} epochs")
+            except Diverged as error:
+                status, failure = "diverged", error
+            summary = self.summary(status)
+            folder.write_summary(summary)
+            if self.rows:
+                plot_curves(self.rows, folder.path / "curves.png", title=self.headline())
+            if failure is not None:
+                raise failure
+            progress.note(self.closing(summary, folder))
+        return summary
+
+    def headline(self) -> str:
+        """One line that says what is trained, by which method and on which backend."""
+        config = self.config
+        count = sum(p.numel() for p in self.model.parameters())
+        backend = backends.choose(name=None) if config.method == "ep" else "autograd"
+        how = f"k {config.feedback_gain:g}, {config.schedule}, {config.free_steps} + {config.nudged_steps} sweeps"
+        return (
+            f"{self.dataset.source}: {config.model_name} ({count / 1e6:.2f} M parameters) by {config.method}, {how}, "
+            f"backend {backend}"
+        )
+
+    def closing(self, summary: dict[str, Any], folder: RunFolder) -> str:
+        """The last line: result, time and place."""
+        accuracy = summary["test_accuracy"]
+        result = "no epoch finished" if accuracy is None else f"test accuracy {accuracy:.2%}"
+        return f"{result} after {summary['seconds']:.1f} s of training; {folder.path}"
+
+    def summary(self, status: str) -> dict[str, Any]:
+        """What summary.json holds; accuracies are fractions, rates per second of training."""
+        last = self.rows[-1] if self.rows else {}
+        images = self.epoch * self.train.images_per_epoch
+        return {
+            "status": status,
+            "test_accuracy": last.get("test_accuracy"),
+            "best_test_accuracy": max((row["test_accuracy"] for row in self.rows), default=None),
+            "train_loss": last.get("train_loss"),
+            "train_accuracy": last.get("train_accuracy"),
+            "residual": last.get("residual"),
+            "epochs": self.epoch,
+            "seconds": self.seconds,
+            "images_per_second": images / self.seconds if self.seconds else None,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "data": self.dataset.source,
+            "versions": {"ep_kernels": ep_kernels.__version__, "torch": torch.__version__},
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, state: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Continue from a checkpoint; ``rows`` are the metrics up to it."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.epoch, self.seconds, self.rows = state["epoch"], state["seconds"], rows
+
+
+def train(config: TrainConfig) -> tuple[dict[str, Any], Path]:
+    """Start a run; returns its summary and folder."""
+    trainer = Trainer(config)
+    folder = RunFolder.create(
+        config.out,
+        dataset=config.dataset,
+        model=config.model_name,
+        method=config.method,
+        seed=config.seed,
+        overwrite=config.overwrite,
+    )
+    folder.write_config(dataclasses.asdict(config))
+    return trainer.run(folder), folder.path
+
+
+def resume(path: Path, *, quiet: bool = False) -> tuple[dict[str, Any], Path]:
+    """Continue the run in ``path`` from its last checkpoint: the same numbers as if it had never stopped.
+
+    Raises:
+        CheckpointError, RunFolderError: there is nothing to resume there.
+    """
+    state = checkpoint.load(path)
+    config = config_from_json(path / "config.json", quiet=quiet)
+    folder = RunFolder.resume(path, before_epoch=state["epoch"] + 1)
+    trainer = Trainer(config)
+    trainer.restore(state, folder.read_metrics())
+    return trainer.run(folder), folder.path
+
+
+def config_from_json(path: Path, *, quiet: bool = False) -> TrainConfig:
+    """The configuration that a run folder holds."""
+    values = json.loads(path.read_text())
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    if not isinstance(values, dict) or set(values) != known:
+        raise checkpoint.CheckpointError(f"{path}: not the configuration of this version of ep-train")
+    for name in ("data_root", "out"):
+        values[name] = Path(values[name]) if values[name] is not None else None
+    for name in ("local_heads", "layer_lr"):
+        values[name] = tuple(values[name])
+    return TrainConfig(**{**values, "quiet": quiet})
+
+
+def make_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
+    """torch's optimizer, one parameter group per tensor, with the layer's factor of the learning rate."""
+    layers = len(model.network.shapes)  # nodes 1 .. layers - 1, then the readout
+    factors = config.layer_lr or (1.0,) * layers
+    if len(factors) != layers:
+        raise ValueError(
+            f"TrainConfig: argument 'layer_lr': expected {layers} factors ({layers - 1} layers, then the readout), "
+            f"got {len(factors)}"
+        )
+    groups = [
+        {"params": [p], "lr": config.lr * factors[model.layer_of(name) - 1]} for name, p in model.named_parameters()
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Factor of the learning rate at each of ``steps`` steps."""
+    falls = {
+        "constant": lambda t: 1.0,
+        "linear": lambda t: 1.0 - t / steps,
+        "cosine": lambda t: 0.5 * (1.0 + math.cos(math.pi * t / steps)),
+    }
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, falls[config.lr_schedule])
+
+
+@contextmanager
+def _backend(name: str) -> Iterator[None]:
+    if name == "auto":  # leaves the environment variable in force
+        yield
+    else:
+        with ep_kernels.backend(name):
+            yield
