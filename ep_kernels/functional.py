@@ -298,7 +298,11 @@ def contrast(
     ):
         _require(math.isfinite(value), "contrast", name, "a finite number", value)
     _require(pool != "max" or winners is not None, "contrast", "winners", "those of the drive (max pooling)", None)
-    _check_winners("contrast", winners, expected, source, pool)
+    twice = winners is not None and winners.shape[0] == 2 * expected[0]
+    _check_winners("contrast", winners, [2 * expected[0] if twice else expected[0], *expected[1:]], source, pool)
+    _require(
+        not twice or centre == 0.5 or expected[0] == 0, "contrast", "centre", "0.5 with winners of both phases", centre
+    )
     run = relax_op.contrast if _compiled(source.device, source.dtype) else reference.contrast
     return run(
         source,

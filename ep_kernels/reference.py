@@ -251,7 +251,8 @@ def contrast(
         source_delta, target_delta: [B, ...] (one phase) or [2B, ...] (+beta, then -beta), times ``*_gain`` to be in
             the states' units. ``source_delta`` is None for the clamped input.
         centre: 1/2 for finite differences (exact), 0 for the tangent.
-        winners: of the max pooling, [B, ...].
+        winners: of the max pooling, [B, ...], the same in both phases (frozen); or [2B, ...], those of the +beta states
+            and then those of the -beta (or free) states (live; ``centre`` must be 1/2).
 
     Returns:
         Gradient of the weight, in ``weight_shape``, and of the bias, [C] or [F]. Sums over the batch.
@@ -270,13 +271,17 @@ def contrast(
         (n + 2 * p - k) // s + 1 for n, k, s, p in zip(source.shape[2:], weight_shape[2:], stride, padding, strict=True)
     ]
 
-    def gradient(above: Tensor, below: Tensor) -> Tensor:
-        up = unpool_map(above, pool, size, winners)
-        return convolve_weight(up, below, weight_shape, stride, padding)
-
-    weight = gradient(diff_t, mean_s)
+    if winners is not None and winners.shape[0] == 2 * target.shape[0]:
+        plus, minus = (
+            unpool_map(mean_t + sign * diff_t / 2, pool, size, won)
+            for sign, won in zip((1, -1), winners.chunk(2), strict=True)
+        )
+        up_diff, up_mean = plus - minus, (plus + minus) / 2
+    else:
+        up_diff, up_mean = (unpool_map(t, pool, size, winners) for t in (diff_t, mean_t))
+    weight = convolve_weight(up_diff, mean_s, weight_shape, stride, padding)
     if diff_s is not None:
-        weight = weight + gradient(mean_t, diff_s)
+        weight = weight + convolve_weight(up_mean, diff_s, weight_shape, stride, padding)
     return scale * weight, scale * diff_t.sum((0, 2, 3))
 
 

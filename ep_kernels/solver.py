@@ -45,8 +45,11 @@ class Equilibrium:
 class Nudged:
     """Result of the nudged phases: ``deltas[i] / scales[i] = s^i - s_free^i``, [B, ...] or [2B, ...] (+beta first).
 
-    ``beta`` is signed (-beta for the ``negative`` estimator); ``centre`` is the weight of the deltas in the contrast's
-    mean (1/2, or 0 for the tangent).
+    Attributes:
+        beta: signed: -beta for the ``negative`` estimator.
+        centre: weight of the deltas in the contrast's mean: 1/2, or 0 for the tangent.
+        trace: [steps, n], the residual of every sweep, in the states' units.
+        winners: those of the nudged states by connection, when they are live; else {}.
     """
 
     deltas: list[Tensor | None]
@@ -55,6 +58,7 @@ class Nudged:
     beta: float
     centre: float
     trace: Tensor
+    winners: dict[int, Tensor]
 
 
 def free_phase(
@@ -199,6 +203,7 @@ def nudged_phase(
             frozen=config.winners == "frozen",
             phases=phases,
             operands=config.operands,
+            keep=config.winners == "live",
         ),
         backend,
     )
@@ -206,7 +211,8 @@ def nudged_phase(
     for free, state in zip(equilibrium.states[1:], relaxed.states[1:], strict=True):
         assert state is not None
         deltas.append(state - _tile(free, phases) if form == "states" else state)
-    return Nudged(deltas, scales, phases, beta, 0.0 if form == "tangent" else 0.5, relaxed.residual)
+    centre = 0.0 if form == "tangent" else 0.5
+    return Nudged(deltas, scales, phases, beta, centre, relaxed.residual, relaxed.winners)
 
 
 def contrast_gradients(
@@ -239,7 +245,7 @@ def contrast_gradients(
             delta,
             parameters.weights[c],
             conn,
-            equilibrium.winners.get(c),
+            _contrast_winners(equilibrium, nudged, c),
             source_gain=1 / nudged.scales[conn.src],
             target_gain=1 / nudged.scales[conn.dst],
             centre=nudged.centre,
@@ -297,6 +303,14 @@ def _valid_drives(network: Network, config: RelaxConfig, equilibrium: Equilibriu
         return set(equilibrium.drives)
     refreshed = {c for c in equilibrium.drives if network.connections[c].pool == "max"}
     return refreshed | {c for c in equilibrium.drives if network.connections[c].src == 0}
+
+
+def _contrast_winners(equilibrium: Equilibrium, nudged: Nudged, c: int) -> Tensor | None:
+    """Winners of connection c in the contrasted states: the free ones, or live ones of both (reference.contrast)."""
+    free, live = equilibrium.winners.get(c), nudged.winners.get(c)
+    if live is None or free is None:
+        return free
+    return live if nudged.phases == 2 else torch.cat([live, free])
 
 
 def _head_gradients(

@@ -61,37 +61,30 @@ void check_winners(const char* op, const Tensor& winners, const Ints& drive_shap
   EP_CHECK(divides, op, "winners", "a batch that divides " << batch, expected[0]);
 }
 
-void check_connection(const char* op, const Tensor& source, const Tensor& weight, const Geometry& g) {
-  check_floating(op, "source", source);
+void check_connection(const char* op, const Ints& source, const Tensor& weight, const Geometry& g, const Tensor& like) {
+  check_floating(op, "source", like);
   EP_CHECK(weight.dim() == 4 || weight.dim() == 2, op, "weight",
            "4 dimensions [C_dst, C_src, kh, kw] or 2 [F_dst, F_src]", weight.dim() << " dimensions");
-  EP_CHECK(weight.scalar_type() == source.scalar_type(), op, "weight",
-           "dtype " << torch::headeronly::toString(source.scalar_type()) << " (as source)",
-           torch::headeronly::toString(weight.scalar_type()));
-  EP_CHECK(weight.is_cpu() == source.is_cpu(), op, "weight", "a tensor on the same device as source",
-           "one on another device");
-  for (int64_t n : sizes(weight)) EP_CHECK(n > 0, op, "weight", "positive sizes", list(weight.sizes()));
+  const Ints size = sizes(weight);
+  check_like(op, "weight", weight, size, like);
+  for (int64_t n : size) EP_CHECK(n > 0, op, "weight", "positive sizes", list(size));
   if (g.linear) {
-    EP_CHECK(source.dim() == 4 || source.dim() == 2, op, "source", "[B, C, H, W] or [B, F]", list(source.sizes()));
-    EP_CHECK(product(sizes(source), 1) == weight.size(1), op, "source", weight.size(1) << " features a sample",
-             list(source.sizes()));
+    EP_CHECK(source.size() == 4 || source.size() == 2, op, "source", "[B, C, H, W] or [B, F]", list(source));
+    EP_CHECK(product(source, 1) == size[1], op, "source", size[1] << " features a sample", list(source));
     EP_CHECK(g.pool == Pool::kNone, op, "pool", "none for a linear connection", static_cast<int64_t>(g.pool));
     return;
   }
-  EP_CHECK(source.dim() == 4, op, "source", "4 dimensions [B, C, H, W]", source.dim() << " dimensions");
-  EP_CHECK(source.size(1) == weight.size(1), op, "source", weight.size(1) << " channels (as weight)", source.size(1));
-  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();  // what convolutions take
+  EP_CHECK(source.size() == 4, op, "source", "4 dimensions [B, C, H, W]", list(source));
+  EP_CHECK(source[1] == size[1], op, "source", size[1] << " channels (as weight)", source[1]);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // what convolutions take
   for (int i : {0, 1}) {
-    EP_CHECK(g.stride[i] >= 1 && g.stride[i] <= kLargest, op, "stride", "integers from 1 to " << kLargest, list(g.stride));
-    EP_CHECK(g.padding[i] >= 0 && g.padding[i] <= kLargest, op, "padding", "integers from 0 to " << kLargest, list(g.padding));
-    EP_CHECK(source.size(2 + i) > 0, op, "source", "a map of at least 1x1", list(source.sizes()));
-    const int64_t padded = source.size(2 + i) + 2 * g.padding[i];
-    EP_CHECK(padded >= weight.size(2 + i), op, "source",
-             "a padded map of at least the kernel's size " << weight.size(2) << "x" << weight.size(3),
-             list(source.sizes()));
+    EP_CHECK(g.stride[i] >= 1 && g.stride[i] <= kMost, op, "stride", "integers >= 1 (31 bits)", list(g.stride));
+    EP_CHECK(g.padding[i] >= 0 && g.padding[i] <= kMost, op, "padding", "integers >= 0 (31 bits)", list(g.padding));
+    EP_CHECK(source[2 + i] > 0 && source[2 + i] + 2 * g.padding[i] >= size[2 + i], op, "source",
+             "a padded map of at least the kernel's size " << size[2] << "x" << size[3], list(source));
   }
-  const Ints shape = g.drive_shape(sizes(source), sizes(weight));
-  EP_CHECK(shape[2] > 0 && shape[3] > 0, op, "source", "a map of at least 2x2 before pooling", list(source.sizes()));
+  const Ints shape = g.drive_shape(source, size);
+  EP_CHECK(shape[2] > 0 && shape[3] > 0, op, "source", "a map of at least 2x2 before pooling", list(source));
 }
 
 Tensor pooled_drive(const Tensor& source, const Tensor& weight, const Geometry& g, const Tensor* frozen,

@@ -16,8 +16,9 @@ struct Geometry {
   Ints drive_shape(const Ints& source, const Ints& weight) const;  // [B, C, H, W] or [B, F]
 };
 
-// Raises unless the weight, source and geometry fit together.
-void check_connection(const char* op, const Tensor& source, const Tensor& weight, const Geometry& geometry);
+// Raises unless the weight, the source's shape and the geometry fit together; like: dtype and device.
+void check_connection(const char* op, const Ints& source, const Tensor& weight, const Geometry& geometry,
+                      const Tensor& like);
 // Raises unless shape, dtype and device are as given.
 void check_like(const char* op, const char* argument, const Tensor& tensor, const Ints& shape, const Tensor& like);
 void check_floating(const char* op, const char* argument, const Tensor& tensor);

@@ -54,6 +54,47 @@ void difference_and_mean(const Tensor& free, const Tensor& delta, double gain, d
   }
 }
 
+// Live winners: the states of the two phases, unpooled each with its own, then their scaled difference and, unless the
+// source is clamped, their mean, stacked.
+template <typename T>
+Tensor unpool_live(const Tensor& stacked, const Tensor& winners, const Ints& size, double scale, bool moving) {
+  const int64_t batch = winners.size(0) / 2;
+  const Tensor maps = unpool(stacked, &winners, size);
+  Ints shape = sizes(maps);
+  shape[0] = moving ? 2 * batch : batch;
+  const Tensor out = empty(shape, maps);
+  const int64_t map = maps.numel() / (2 * batch);
+  const T* plus = data<T>(maps);
+  const T* minus = plus + batch * map;
+  T* difference = mutable_data<T>(out);
+  T* mean = moving ? difference + batch * map : nullptr;
+  const T factor = static_cast<T>(scale);
+  for_each_row(1, batch, map, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin * map; i < end * map; ++i) {
+      const T p = plus[i], m = minus[i];
+      difference[i] = factor * (p - m);
+      if (mean) mean[i] = (p + m) / 2;
+    }
+  });
+  return out;
+}
+
+// free + gain * delta of both phases, stacked; with one phase the second half is the free states.
+template <typename T>
+Tensor phase_states(const Tensor& free, const Tensor& delta, double gain) {
+  Ints shape = sizes(free);
+  const int64_t count = free.numel();
+  shape[0] *= 2;
+  const Tensor out = empty(shape, free);
+  const bool two = delta.numel() == 2 * count;
+  const T* f = data<T>(free);
+  const T* d = data<T>(delta);
+  T* s = mutable_data<T>(out);
+  for (int64_t i = 0; i < count; ++i) s[i] = f[i] + static_cast<T>(gain) * d[i];
+  for (int64_t i = 0; i < count; ++i) s[count + i] = two ? f[i] + static_cast<T>(gain) * d[count + i] : f[i];
+  return out;
+}
+
 Tensor zeros(const Ints& shape, const Tensor& like) {
   Tensor t = empty(shape, like);
   torch::stable::zero_(t);
@@ -72,13 +113,15 @@ std::tuple<Tensor, Tensor> contrast(const Tensor& source, const std::optional<Te
   for (int64_t n : weight_shape) EP_CHECK(n > 0, kOp, "weight_shape", "positive sizes", list(weight_shape));
   const Tensor weight = empty(weight_shape, source);  // shape only: what ATen's gradient asks for
   const Geometry g = geometry_of(kOp, weight, stride, padding, pool);
-  check_connection(kOp, source, weight, g);
+  check_connection(kOp, sizes(source), weight, g, source);
   const Ints driven = g.drive_shape(sizes(source), weight_shape);
   check_like(kOp, "target", target, driven, source);
   check_end("target", "target_delta", target, target_delta);
   if (source_delta) check_end("source", "source_delta", source, *source_delta);
   EP_CHECK(!(g.pool == Pool::kMax && !winners), kOp, "winners", "those of the free equilibrium (max pooling)", "none");
-  if (winners && g.pool == Pool::kMax) check_winners(kOp, *winners, driven, driven[0]);
+  const bool live = winners && g.pool == Pool::kMax && winners->dim() > 0 && winners->size(0) == 2 * driven[0];
+  if (winners && g.pool == Pool::kMax) check_winners(kOp, *winners, driven, live ? 2 * driven[0] : driven[0]);
+  EP_CHECK(!live || centre == 0.5 || driven[0] == 0, kOp, "centre", "0.5 with winners of both phases", centre);
   for (const auto& [name, value] : {std::pair{"source_gain", source_gain}, {"target_gain", target_gain},
                                     {"centre", centre}, {"scale", scale}}) {
     EP_CHECK(std::isfinite(value), kOp, name, "a finite number", value);
@@ -114,7 +157,12 @@ std::tuple<Tensor, Tensor> contrast(const Tensor& source, const std::optional<Te
   if (g.pool != Pool::kNone) {
     std::optional<Tensor> won;
     if (g.pool == Pool::kMax) won = dense(*winners);
-    above = unpool(above, won ? &*won : nullptr, g.map_size(sizes(source), weight_shape));
+    const Ints size = g.map_size(sizes(source), weight_shape);
+    above = dispatch(source.scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      if (!live) return unpool(above, won ? &*won : nullptr, size);
+      return unpool_live<T>(phase_states<T>(free_target, delta_target, target_gain), *won, size, scale, moving);
+    });
   }
   return {dense(aten::convolution_weight(above, below, weight, g.stride, g.padding)), bias};
 }

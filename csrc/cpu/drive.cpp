@@ -16,7 +16,7 @@ Geometry geometry_of(const char* op, const Tensor& weight, const Ints& stride, c
 std::tuple<Tensor, Tensor> drive(const Tensor& source, const Tensor& weight, const Ints& stride, const Ints& padding,
                                  int64_t pool, const std::optional<Tensor>& winners) {
   const Geometry g = geometry_of("drive", weight, stride, padding, pool);
-  check_connection("drive", source, weight, g);
+  check_connection("drive", sizes(source), weight, g, source);
   std::optional<Tensor> frozen;
   if (winners && g.pool == Pool::kMax) {
     check_winners("drive", *winners, g.drive_shape(sizes(source), sizes(weight)), source.size(0));

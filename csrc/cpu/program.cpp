@@ -40,10 +40,11 @@ class Reader {
     return out;
   }
 
-  Launches launches() {
+  // ops: how many of Op a section may hold: drives; also nudges; also steps.
+  Launches launches(int64_t ops) {
     Launches out(count());
     for (Launch& launch : out) {
-      launch.op = static_cast<Op>(index("an op", 0, 3));
+      launch.op = static_cast<Op>(index("an op", 0, ops));
       if (launch.op == Op::kDrive) {
         launch.index = index("a connection", 0, count_);
         continue;
@@ -72,10 +73,10 @@ class Reader {
 Program decode(const Ints& flat, int64_t nodes, const Ints& ends) {
   Reader reader(flat, nodes, ends);
   Program program;
-  program.prologue = reader.launches();
+  program.prologue = reader.launches(2);
   program.sweeps.resize(reader.count());
-  for (Launches& sweep : program.sweeps) sweep = reader.launches();
-  program.refresh = reader.launches();
+  for (Launches& sweep : program.sweeps) sweep = reader.launches(3);
+  program.refresh = reader.launches(1);
   EP_CHECK(reader.done() && !program.sweeps.empty(), "relax", "program", "at least one sweep and no integers after it",
            flat.size() << " integers");
   return program;

@@ -25,7 +25,7 @@ struct Program {
 };
 
 // ends: 2 per connection (source, destination). Raises on a truncated program, on node or connection indices out of
-// range, and on a step that reads a connection of another node.
+// range, on a step that reads a connection of another node, and on steps outside sweeps.
 Program decode(const Ints& flat, int64_t nodes, const Ints& ends);
 
 }  // namespace ep::cpu

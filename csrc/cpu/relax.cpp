@@ -42,17 +42,24 @@ struct Problem {
   double tol;
 };
 
+// Absent tensors, none sharing its memory with another: they are returned.
+Tensors absent_each(size_t count, const Tensor& like, ScalarType dtype) {
+  Tensors out;
+  for (size_t i = 0; i < count; ++i) out.push_back(empty({0}, like, dtype));
+  return out;
+}
+
 class Run {
  public:
   Run(const Problem& problem, const Tensors& states, const Tensors& drives, const Tensors& winners, const Tensor& like)
       : p_(problem),
         like_(like),
         states_(states),
-        pre_(states.size(), absent(like)),
+        pre_(absent_each(states.size(), like, like.scalar_type())),
         drives_(drives),
         winners_(winners),
-        own_drives_(drives.size(), absent(like)),
-        own_winners_(drives.size(), empty({0}, like, ScalarType::Byte)),
+        own_drives_(absent_each(drives.size(), like, like.scalar_type())),
+        own_winners_(absent_each(drives.size(), like, ScalarType::Byte)),
         nudges_(states.size(), absent(like)),
         owned_(states.size(), false),
         spare_(states.size(), absent(like)) {}
@@ -331,8 +338,13 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensor> relax(
 
   for (size_t i = 0; i < nodes; ++i) {
     Node node;
-    node.shape = {batch, shapes[3 * i]};
-    if (shapes[3 * i + 1] > 0) node.shape.insert(node.shape.end(), {shapes[3 * i + 1], shapes[3 * i + 2]});
+    const int64_t* size = shapes.data() + 3 * i;
+    const bool map = size[1] != 0 || size[2] != 0;
+    const int64_t most = map ? int64_t{1} << 20 : int64_t{1} << 31;  // products of three stay within 64 bits
+    EP_CHECK(size[0] > 0 && size[0] < most && (!map || (size[1] > 0 && size[2] > 0 && size[1] < most && size[2] < most)),
+             kOp, "shapes", "C, H, W or F, 0, 0 for node " << i, size[0] << ", " << size[1] << ", " << size[2]);
+    node.shape = {batch, size[0]};
+    if (map) node.shape.insert(node.shape.end(), {size[1], size[2]});
     Ints free_shape = node.shape;
     free_shape[0] = samples;
     if (present(states[i])) check_like(kOp, "states", states[i], node.shape, like);
@@ -363,11 +375,12 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensor> relax(
     const int64_t* flat = connections.data() + 7 * c;
     EP_CHECK(flat[0] >= 0 && flat[0] < flat[1] && flat[1] < static_cast<int64_t>(nodes), kOp, "connections",
              "0 <= src < dst < " << nodes << " (connection " << c << ")", flat[0] << ", " << flat[1]);
-    const Geometry g = geometry_of(kOp, weights[c], {flat[2], flat[3]}, {flat[4], flat[5]}, flat[6]);
-    const Tensor source = empty(p.nodes[flat[0]].shape, like);  // for its shape
-    check_connection(kOp, source, weights[c], g);
-    const Ints driven = g.drive_shape(sizes(source), sizes(weights[c]));
-    EP_CHECK(driven == p.nodes[flat[1]].shape, kOp, "shapes", list(driven) << " for node " << flat[1],
+    const std::string where = std::string(kOp) + " (connection " + std::to_string(c) + ")";
+    const Geometry g = geometry_of(where.c_str(), weights[c], {flat[2], flat[3]}, {flat[4], flat[5]}, flat[6]);
+    const Ints& source = p.nodes[flat[0]].shape;
+    check_connection(where.c_str(), source, weights[c], g, like);
+    const Ints driven = g.drive_shape(source, sizes(weights[c]));
+    EP_CHECK(driven == p.nodes[flat[1]].shape, where, "shapes", list(driven) << " for node " << flat[1],
              list(p.nodes[flat[1]].shape));
     if (present(drives[c])) {
       Ints expected = driven;

@@ -78,7 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> relax_step(
   for (size_t i = 0; i < below.size(); ++i) {
     const Geometry g = geometry_at(below_geometry, i, below_weights[i]);
     EP_CHECK(g.pool != Pool::kMax, kOp, "below", "connections without max pooling (use drive for those)", "pool 1");
-    check_connection(kOp, below[i], below_weights[i], g);
+    check_like(kOp, "below", below[i], sizes(below[i]), state);
+    check_connection(kOp, sizes(below[i]), below_weights[i], g, state);
     const Tensor driven = pooled_drive(g.linear ? below[i] : dense(below[i]), dense(below_weights[i]), g, nullptr,
                                        nullptr, state.scalar_type());
     check_summand("below", driven);
@@ -86,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> relax_step(
   }
   for (size_t i = 0; i < above.size(); ++i) {
     const Geometry g = geometry_at(above_geometry, i, above_weights[i]);
-    check_connection(kOp, state, above_weights[i], g);
+    check_connection(kOp, shape, above_weights[i], g, state);
     const Ints expected = g.drive_shape(shape, sizes(above_weights[i]));
     check_like(kOp, "above", above[i], expected, state);
     std::optional<Tensor> winners;

@@ -16,30 +16,36 @@ from torch import Tensor
 from ep_kernels import Network, Parameters, RelaxConfig, free_phase, reference
 from ep_kernels.plan import update_order
 
+Kept = dict[int, tuple[Tensor, Tensor, Tensor | None]]  # by connection: source, its drive, winners
+
 
 def free_sweep(
-    network: Network, parameters: Parameters, states: list[Tensor], config: RelaxConfig, input_drives: dict[int, Tensor]
+    network: Network, parameters: Parameters, states: list[Tensor], config: RelaxConfig, damping: float, kept: Kept
 ) -> list[Tensor]:
-    """One differentiable sweep of the free phase; returns the new states."""
-    new, damping = list(states), config.free_damping
+    """One differentiable sweep of the free phase; returns the new states.
+
+    ``kept`` holds drives between sweeps: one is computed again only when its source has changed.
+    """
+    new = list(states)
+    read = states if config.schedule == "sync" else new
+
+    def drive(c: int) -> tuple[Tensor, Tensor | None]:
+        conn = network.connections[c]
+        source = read[conn.src]
+        if c not in kept or kept[c][0] is not source:
+            pooled, winners = reference.drive(source, parameters.weights[c], conn.stride, conn.padding, conn.pool)
+            kept[c] = (source, pooled, winners)
+        return kept[c][1:]
+
     for node in update_order(network, config.schedule, "free"):
-        read = states if config.schedule == "sync" else new
         bias = parameters.biases[node]
         assert bias is not None
         a = bias.view(-1, *[1] * (read[node].dim() - 2))
         for c in network.into[node]:
-            conn = network.connections[c]
-            if conn.src == 0:
-                a = a + input_drives[c]
-            else:
-                a = a + reference.connection_drive(conn, read[conn.src], parameters.weights[c])
+            a = a + drive(c)[0]
         for c in network.out_of[node]:
             conn = network.connections[c]
-            winners = None
-            if conn.pool == "max":
-                with torch.no_grad():
-                    weight = parameters.weights[c]
-                    _, winners = reference.drive(read[node], weight, conn.stride, conn.padding, conn.pool)
+            winners = drive(c)[1] if conn.pool == "max" else None
             back = reference.feedback(
                 read[conn.dst],
                 parameters.weights[c],
@@ -93,12 +99,12 @@ def bptt_gradients(
     named = {name: t.detach().requires_grad_() for name, t in parameters.named().items()}
     leaves = Parameters.from_named(network, named)
     with torch.enable_grad():
-        drives = {
-            c: reference.connection_drive(network.connections[c], x, leaves.weights[c]) for c in network.out_of[0]
-        }
+        kept: Kept = {}
         now = list(start)
-        for _ in range(steps):
-            now = free_sweep(network, leaves, now, config, drives)
+        for t in range(steps):
+            first = t == 0 and not before  # a relaxation's first sweep is never over-relaxed
+            damping = min(config.free_damping, 1.0) if first else config.free_damping
+            now = free_sweep(network, leaves, now, config, damping, kept)
         loss = loss_at(network, leaves, now, targets)
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     gradients = {

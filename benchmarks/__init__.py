@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks.cpu`` on any machine; results of past runs in ``results/``."""

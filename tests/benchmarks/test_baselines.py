@@ -1,0 +1,80 @@
+"""The baselines compute what we compute: a slow wrong competitor would prove nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ep_kernels
+from benchmarks.baselines import AutogradLoop, Convolutions, FeedForward, backprop
+from ep_kernels import Network, Parameters, RelaxConfig
+from ep_train.models import initial_parameters
+
+
+@pytest.fixture(scope="module")
+def problem():
+    network = Network.chain((3, 16, 16), [6, 7, 5], ["max", "none", "max"], classes=4, feedback_gain=1.0)
+    parameters = Parameters.from_named(network, initial_parameters(network, weight_gain=0.7, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(5, 3, 16, 16, generator=generator, dtype=torch.float64)
+    return network, parameters, x, torch.randint(0, 4, (5,), generator=generator)
+
+
+def test_autograd_loop_takes_our_classical_steps(problem):
+    network, parameters, x, _ = problem
+    ours = ep_kernels.free_phase(network, parameters, x, RelaxConfig.classical(free_steps=7))
+    theirs = AutogradLoop(network, parameters).relax(x, 7)
+    for a, b in zip(ours.states[1:], theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert ours.residual.max() > 1e-6  # still moving: equal trajectories, not just one fixed point
+
+
+def test_autograd_batch_gives_our_classical_gradient(problem):
+    network, parameters, x, labels = problem
+    config = RelaxConfig.classical(free_steps=9, nudged_steps=5, beta=0.3)
+    targets = ep_kernels.targets_for(network, labels, 4, x.dtype)
+    ours, _ = ep_kernels.ep_gradients(network, parameters, x, targets, config)
+    theirs = AutogradLoop(network, parameters).batch(x, labels, 9, 5, 0.3)
+    named = ours.named()
+    expected = [named[f"connections.{c}.weight"] for c in range(3)] + [named[f"nodes.{i}.bias"] for i in (1, 2, 3)]
+    for a, b in zip(expected, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-12)
+
+
+def test_feed_forward_is_the_first_free_sweep(problem):
+    network, parameters, x, labels = problem
+    first = ep_kernels.free_phase(network, parameters, x, RelaxConfig(free_steps=1))
+    model = FeedForward(network, parameters).double()
+    torch.testing.assert_close(ep_kernels.readout(network, parameters, first), model(x))
+    backprop(model, x, labels)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_weak_feedback_approaches_backprop(problem):
+    """As k falls, the EP gradient becomes that of the feed-forward net."""
+    network, parameters, x, labels = problem
+    targets = ep_kernels.targets_for(network, labels, 4, x.dtype)
+    model = FeedForward(network, parameters).double()
+    backprop(model, x, labels)
+    cosines = []
+    for gain in (0.3, 0.03, 0.003):
+        config = RelaxConfig(free_steps=20, nudged_steps=10, estimator="tangent")
+        gradients, _ = ep_kernels.ep_gradients(replace(network, feedback_gain=gain), parameters, x, targets, config)
+        cosines.append(
+            min(
+                torch.nn.functional.cosine_similarity(w.flatten(), conv.weight.grad.flatten(), 0).item()
+                for w, conv in zip(gradients.weights, model.convs, strict=True)
+            )
+        )
+    assert cosines == sorted(cosines)
+    assert cosines[-1] > 0.999
+
+
+def test_convolutions_are_those_of_a_sweep(problem):
+    """As many as the plan emits for a steady free sweep."""
+    network, parameters, _, _ = problem
+    plan = ep_kernels.compile_plan(network, "sweep", "free")
+    per_sweep = plan.convolutions(9) - plan.convolutions(8)
+    assert 2 * len(Convolutions(network, parameters, 2).jobs) == per_sweep == 4
