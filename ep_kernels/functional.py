@@ -145,8 +145,8 @@ def relax_step(
         ("scale", scale, scale > 0),
         ("nudge_gain", nudge_gain, True),
     ):
-        _require(math.isfinite(value) and ok, fn, name, "a finite number in its range", value)
-    _require(math.isfinite(lo) and math.isfinite(hi) and lo < hi, fn, "lo, hi", "finite, lo < hi", (lo, hi))
+        _require(_finite(value) and ok, fn, name, "a finite number in its range", value)
+    _require(_finite(lo) and _finite(hi) and lo < hi, fn, "lo, hi", "finite, lo < hi", (lo, hi))
     _require(phases in (1, 2) and state.shape[0] % phases == 0, fn, "phases", "1, or 2 with an even batch", phases)
     _require(form == "states" or preactivation is not None, fn, "preactivation", f"a tensor (form {form!r})", None)
     shape = list(state.shape)
@@ -159,13 +159,13 @@ def relax_step(
     for i, n in enumerate(below):
         at = f"below[{i}]."
         _require(n.pool != "max", fn, f"{at}pool", "'none' or 'avg' (max pooling: use drive)", n.pool)
-        _require(math.isfinite(n.gain), fn, f"{at}gain", "a finite number", n.gain)
+        _require(_finite(n.gain), fn, f"{at}gain", "a finite number", n.gain)
         _check_connection(fn, n.state, n.weight, n.stride, n.padding, n.pool, at, f"{at}state")
         driven = ops.drive_shape(n.state, n.weight, list(n.stride), list(n.padding), POOLS.index(n.pool))
         _check_summand(fn, f"{at}state", n.state, driven, state, "its drive: ")
     for i, n in enumerate(above):
         at = f"above[{i}]."
-        _require(math.isfinite(n.gain), fn, f"{at}gain", "a finite number", n.gain)
+        _require(_finite(n.gain), fn, f"{at}gain", "a finite number", n.gain)
         _check_connection(fn, state, n.weight, n.stride, n.padding, n.pool, at, "state")
         driven = ops.drive_shape(state, n.weight, list(n.stride), list(n.padding), POOLS.index(n.pool))
         _check_like(fn, f"{at}state", n.state, driven, state)
@@ -287,8 +287,9 @@ def contrast(
     _check_like("contrast", "target", target, expected, source)
     for name, free, delta in (("source_delta", source, source_delta), ("target_delta", target, target_delta)):
         if delta is not None:
-            ok = delta.shape[1:] == free.shape[1:] and delta.shape[0] in (free.shape[0], 2 * free.shape[0])
-            _require(ok, "contrast", name, f"shape {list(free.shape)} or twice its batch", list(delta.shape))
+            batch = free.shape[0]
+            ok = delta.shape[1:] == free.shape[1:] and (delta.shape[0] == batch or delta.shape[0] == 2 * batch)
+            _require(ok, "contrast", name, ("shape ", list(free.shape), " or twice its batch"), list(delta.shape))
             _check_like("contrast", name, delta, list(delta.shape), source)
     for name, value in (
         ("centre", centre),
@@ -296,7 +297,7 @@ def contrast(
         ("source_gain", source_gain),
         ("target_gain", target_gain),
     ):
-        _require(math.isfinite(value), "contrast", name, "a finite number", value)
+        _require(_finite(value), "contrast", name, "a finite number", value)
     _require(pool != "max" or winners is not None, "contrast", "winners", "those of the drive (max pooling)", None)
     twice = winners is not None and winners.shape[0] == 2 * expected[0]
     _check_winners("contrast", winners, [2 * expected[0] if twice else expected[0], *expected[1:]], source, pool)
@@ -325,7 +326,6 @@ def _geometry(neighbours: Sequence[Neighbour]) -> list[int]:
     return [v for n in neighbours for v in (*n.stride, *n.padding, POOLS.index(n.pool))]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _compiled(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the compiled ops run on such tensors, else the reference does."""
     if choose(device, dtype) == "reference":
@@ -334,8 +334,20 @@ def _compiled(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def _require(condition: bool, fn: str, argument: str, expected: str, got: object) -> None:
+# torch.compile takes its result as a constant. What torch.compiler.assume_constant_result sets, without importing
+# torch._dynamo (seconds) along with this package.
+_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _finite(value: float) -> bool:
+    return -math.inf < value < math.inf  # math.isfinite takes no symbolic number of torch.compile
+
+
+def _require(condition: bool, fn: str, argument: str, expected: str | tuple[object, ...], got: object) -> None:
+    """``expected`` in parts is formatted on failure only: a formatted size is a constant to torch.compile."""
     if not condition:
+        if isinstance(expected, tuple):
+            expected = "".join(map(str, expected))
         raise ValueError(f"{fn}: argument '{argument}': expected {expected}, got {got}")
 
 
@@ -358,12 +370,12 @@ def _check_connection(
     if weight.dim() == 2:
         _require(source.dim() in (2, 4), fn, name, "[B, C, H, W] or [B, F]", list(source.shape))
         features = math.prod(source.shape[1:])
-        _require(features == weight.shape[1], fn, name, f"{weight.shape[1]} features a sample", list(source.shape))
+        _require(features == weight.shape[1], fn, name, (weight.shape[1], " features a sample"), list(source.shape))
         _require(pool == "none", fn, f"{at}pool", "'none' for a matrix weight", repr(pool))
         return
     _require(source.dim() == 4, fn, name, "[B, C, H, W]", list(source.shape))
     channels = weight.shape[1]
-    _require(source.shape[1] == channels, fn, name, f"{channels} channels (as {at}weight)", source.shape[1])
+    _require(source.shape[1] == channels, fn, name, (channels, f" channels (as {at}weight)"), source.shape[1])
     for argument, pair, least in (("stride", stride, 1), ("padding", padding, 0)):
         ok = len(pair) == 2 and min(pair) >= least
         _require(ok, fn, f"{at}{argument}", f"two integers >= {least}", tuple(pair))
@@ -374,7 +386,7 @@ def _check_connection(
 
 
 def _check_like(fn: str, name: str, tensor: Tensor, shape: list[int], like: Tensor) -> None:
-    _require(list(tensor.shape) == shape, fn, name, f"shape {shape}", list(tensor.shape))
+    _require(list(tensor.shape) == shape, fn, name, ("shape ", shape), list(tensor.shape))
     _require(tensor.dtype == like.dtype, fn, name, f"dtype {like.dtype} (as the state)", tensor.dtype)
     _require(tensor.device == like.device, fn, name, f"device {like.device} (as the state)", tensor.device)
 
@@ -383,7 +395,7 @@ def _check_summand(fn: str, name: str, tensor: Tensor, shape: list[int], state: 
     """``shape``, of the tensor or of the drive that it sends, is the state's, but for a batch that divides it."""
     expected = list(state.shape)
     ok = shape[1:] == expected[1:] and _divides(shape[0], expected[0])
-    _require(ok, fn, name, f"{what}shape {expected} (or a batch that divides {expected[0]})", shape)
+    _require(ok, fn, name, (what, "shape ", expected, " (or a batch that divides ", expected[0], ")"), shape)
     _check_like(fn, name, tensor, list(tensor.shape), state)
 
 
@@ -393,10 +405,10 @@ def _check_winners(fn: str, winners: Tensor | None, shape: list[int], like: Tens
         return
     name = f"{at}winners"
     ok = list(winners.shape[1:]) == shape[1:] and _divides(winners.shape[0], shape[0])
-    _require(ok, fn, name, f"shape {shape} (or a batch that divides {shape[0]})", list(winners.shape))
+    _require(ok, fn, name, ("shape ", shape, " (or a batch that divides ", shape[0], ")"), list(winners.shape))
     _require(winners.dtype == torch.uint8, fn, name, "dtype torch.uint8", winners.dtype)
     _require(winners.device == like.device, fn, name, f"device {like.device} (as the state)", winners.device)
 
 
 def _divides(part: int, whole: int) -> bool:
-    return part == whole if 0 in (part, whole) else whole % part == 0
+    return part == whole or (part != 0 and whole != 0 and whole % part == 0)

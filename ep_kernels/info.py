@@ -32,11 +32,14 @@ from ep_kernels import _library, backends
 ISAS = ("baseline", "avx2", "avx512")  # in the order of the op cpu_isa
 ENVIRONMENT = (
     "EP_KERNELS_BACKEND",
+    "EP_KERNELS_ISA",
     "EP_KERNELS_BUILD",
+    "MAX_JOBS",
     "TORCH_CUDA_ARCH_LIST",
     "CUDA_VISIBLE_DEVICES",
     "ATEN_CPU_CAPABILITY",
     "OMP_NUM_THREADS",
+    "XDG_CACHE_HOME",
     "TRITON_INTERPRET",
 )
 

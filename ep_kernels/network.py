@@ -239,7 +239,7 @@ class Network:
         hidden: Sequence[int] = (),
         readout: Literal["softmax", "mse"] = "softmax",
         local_heads: Sequence[int] = (),
-        local_weight: float = 1.0,
+        local_weight: float = 0.2,
         local_pool: int = 2,
         feedback_gain: float = 0.1,
         slope: float = 1.0,

@@ -128,7 +128,7 @@ class _Run:
             if i and self.states[i] is None:  # nothing reached it in so few sweeps
                 self.states[i] = self.new((r.batch, *shape)).zero_()
         kept = {c: self.drives[c] for c in self.computed}
-        winners = {c: self.winners[c] for c in self.computed if c in self.winners}
+        winners = {} if r.frozen else {c: self.winners[c] for c in self.computed if c in self.winners}
         return Relaxed(self.states, self.pre if r.keep else [], kept, winners, residual)
 
     def launch(self, launch: Launch) -> None:

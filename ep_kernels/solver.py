@@ -28,7 +28,7 @@ class Equilibrium:
         residual: [B], max over units of |s_{t+1} - s_t| in the last sweep that ran.
         trace: [steps, B], the residual of every sweep.
         steps: sweeps that ran.
-        converged: every residual is at most ``tol`` (False when tol is 0, which never tests).
+        converged: every residual is at most ``tol``; None when tol is 0, which never tests.
     """
 
     states: list[Tensor]
@@ -38,7 +38,7 @@ class Equilibrium:
     residual: Tensor
     trace: Tensor
     steps: int
-    converged: bool
+    converged: bool | None
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def free_phase(
     )
     steps = _steps_run(relaxed, config)
     residual = relaxed.residual[steps - 1]
-    converged = config.tol > 0 and bool((residual <= config.tol).all())
+    converged = bool((residual <= config.tol).all()) if config.tol > 0 else None
     final = [s for s in relaxed.states if s is not None]
     return Equilibrium(
         final,

@@ -78,6 +78,13 @@ inline Tensor adaptive_avg_pool_adjoint(const Tensor& gradient, const Tensor& x)
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+inline Tensor as_strided(const Tensor& x, const Ints& size, const Ints& stride) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(x), from(size), from(stride), from(std::optional<int64_t>())};
+  call("aten::as_strided", "", stack);
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 }  // namespace aten
 
 // ---- dense tensors: NHWC maps, [B, F] vectors -----------------------------------------------------------------------
@@ -90,10 +97,15 @@ inline Ints sizes(const Tensor& t) {
 // An empty 1-d tensor stands for an absent one in the ops' lists.
 inline bool present(const Tensor& t) { return !(t.dim() == 1 && t.numel() == 0); }
 
-// The tensor itself when it is already dense in the layout of the passes, else a copy that is.
+// The tensor itself when it is already dense in the layout of the passes, else a copy that is. One channel, or one
+// pixel, is dense in both layouts: its strides then say channels_last too, which oneDNN follows in what it returns.
 inline Tensor dense(const Tensor& t) {
   using torch::headeronly::MemoryFormat;
-  return torch::stable::contiguous(t, t.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  if (t.dim() != 4) return torch::stable::contiguous(t, MemoryFormat::Contiguous);
+  const Tensor map = torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+  const int64_t channels = map.size(1), width = map.size(3);
+  if (map.numel() == 0 || (map.stride(1) == 1 && map.stride(3) == channels)) return map;
+  return aten::as_strided(map, sizes(map), {map.size(2) * width * channels, 1, width * channels, channels});
 }
 
 inline Tensor empty(const Ints& shape, const Tensor& like, std::optional<ScalarType> dtype = std::nullopt) {

@@ -56,7 +56,7 @@ Choice choose() {
   for (const Choice& choice : all) names.push_back(choice.name);
   const size_t found = std::find(names.begin(), names.end(), wanted) - names.begin();
   EP_CHECK(found < all.size(), "environment", "EP_KERNELS_ISA",
-           "one of " << list(names) << " (what this processor and build run)", wanted);
+           "one of " << list(names) << " (what this processor and build run)", "'" << wanted << "'");
   return all[found];
 }
 

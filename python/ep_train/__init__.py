@@ -1,5 +1,10 @@
 """A thin trainer on ep_kernels: models, data, EP and BPTT steps, a command line."""
 
+try:
+    import numpy as _numpy  # noqa: F401  (every module below needs what the extra brings)
+except ImportError as error:
+    raise ImportError(f"ep_train needs its extra: pip install 'ep-kernels[train]' ({error})") from error
+
 from .config import TrainConfig
 from .models import ARCHITECTURES, Model, build_network
 from .step import bptt_step, ep_step, predict

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 NAME = "checkpoint.pt"
+KEYS = {"model", "optimizer", "scheduler", "epoch", "seconds", "partial"}
 
 
 class CheckpointError(ValueError):
@@ -35,11 +36,12 @@ def load(folder: Path) -> dict[str, Any]:
     """
     path = folder / NAME
     if not path.is_file():
-        raise CheckpointError(f"{path}: expected a checkpoint, got no such file (the first is written after epoch 1)")
+        when = "the first is written after an epoch, or when a run is stopped"
+        raise CheckpointError(f"{path}: expected a checkpoint, got no such file ({when})")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch.load raises many kinds; each means the same here
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
-    if not isinstance(state, dict) or not {"model", "optimizer", "scheduler", "epoch", "seconds"} <= state.keys():
+    if not isinstance(state, dict) or not state.keys() >= KEYS:
         raise CheckpointError(f"{path}: not a checkpoint of ep-train")
     return state

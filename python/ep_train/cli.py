@@ -22,7 +22,7 @@ DESCRIPTION = """Train a convolutional network by Equilibrium Propagation.
 
 Other commands: `ep-train check` compares EP gradients with BPTT layer by layer; `ep-train resume DIR` continues a run
 that was stopped or killed. A run folder holds config.json, metrics.jsonl, summary.json, curves.png, checkpoint.pt.
-Ctrl-C ends a run cleanly and keeps what was learnt (exit code 130)."""
+Ctrl-C ends a run after the current batch and keeps what was learnt (exit code 130)."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class ResumeConfig:
 
     folder: tyro.conf.Positional[Path]
     """The run folder."""
+    epochs: int | None = None
+    """Train to this many epochs in all, instead of the run's own number."""
     quiet: bool = False
     """Print nothing."""
 
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_check(check)
         if command == "resume":
             chosen = tyro.cli(ResumeConfig, prog="ep-train resume", args=arguments)
-            summary, _ = resume(chosen.folder, quiet=chosen.quiet)
+            summary, _ = resume(chosen.folder, epochs=chosen.epochs, quiet=chosen.quiet)
         else:
             config = tyro.cli(TrainConfig, prog="ep-train", args=arguments, description=DESCRIPTION)
             summary, _ = train(config)

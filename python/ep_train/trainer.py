@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,22 @@ from .step import bptt_step, ep_step, predict
 
 class Diverged(RuntimeError):
     """The loss is not finite; the run ends with what its last checkpoint holds."""
+
+
+class Stopped(Exception):
+    """A signal asked for the end, and a batch has just been finished."""
+
+
+@dataclass
+class Partial:
+    """Sums over the batches of an epoch that is not finished."""
+
+    batches: int = 0
+    seen: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    residual_sum: float = 0.0
+    seconds: float = 0.0
 
 
 class Trainer:
@@ -80,6 +99,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config)
         self.scheduler = make_scheduler(self.optimizer, config, config.epochs * len(self.train))
         self.epoch = 0  # finished ones
+        self.partial = Partial()  # of the epoch after those
+        self.stop_asked = False
         self.seconds = 0.0  # of training itself, without evaluation
         self.rows: list[dict[str, Any]] = []
 
@@ -89,49 +110,53 @@ class Trainer:
         """Train on every batch once; returns the epoch's row of metrics (without the test accuracy)."""
         config = self.config
         epoch = self.epoch + 1
-        signs = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-        progress.start_epoch(epoch, len(self.train))
-        loss_sum, correct, seen, residual_sum = 0.0, 0, 0, 0.0
+        draws = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        signs = torch.randint(2, (len(self.train),), generator=draws).tolist()
+        done = self.partial
+        progress.start_epoch(epoch, len(self.train), completed=done.batches)
         began = time.perf_counter()
-        for images, labels in self.train.epoch(epoch):
-            positive = bool(torch.randint(2, (1,), generator=signs))
-            relax = config.relax_config(positive_sign=positive)
+        for images, labels in self.train.epoch(epoch, start=done.batches):
+            if self.stop_asked:
+                raise Stopped
+            relax = config.relax_config(positive_sign=bool(signs[done.batches]))
             result = (ep_step if config.method == "ep" else bptt_step)(self.model, images, labels, relax)
             loss = float(result.loss)
             if not math.isfinite(loss):
                 raise Diverged(
-                    f"the loss became {loss} in epoch {epoch} after {seen} images: lower --lr or --feedback-gain, "
+                    f"the loss became {loss} in epoch {epoch} after {done.seen} images: lower --lr or --feedback-gain, "
                     "or raise --free-steps"
                 )
             self.optimizer.step()
             self.scheduler.step()
             count = len(labels)
-            seen += count
-            loss_sum += loss * count
-            correct += int(result.correct)
-            residual = float(result.residual) if result.residual is not None else math.nan
-            residual_sum += residual * count
-            elapsed = time.perf_counter() - began
+            residual = None if result.residual is None else float(result.residual)
+            done.batches += 1
+            done.seen += count
+            done.loss_sum += loss * count
+            done.correct += int(result.correct)
+            done.residual_sum += (residual or 0.0) * count
+            now = time.perf_counter()
+            done.seconds += now - began
+            began = now
             progress.update(
-                loss=loss_sum / seen,
-                accuracy=correct / seen,
-                residual=None if math.isnan(residual) else residual,
-                images_per_second=seen / elapsed,
+                loss=done.loss_sum / done.seen,
+                accuracy=done.correct / done.seen,
+                residual=residual,
+                images_per_second=done.seen / done.seconds,
             )
-        elapsed = time.perf_counter() - began
-        self.seconds += elapsed
-        self.epoch = epoch
+        self.seconds += done.seconds
+        self.epoch, self.partial = epoch, Partial()
         row: dict[str, Any] = {
             "epoch": epoch,
             "step": epoch * len(self.train),
-            "train_loss": loss_sum / seen,
-            "train_accuracy": correct / seen,
-            "images_per_second": seen / elapsed,
-            "seconds": elapsed,
+            "train_loss": done.loss_sum / done.seen,
+            "train_accuracy": done.correct / done.seen,
+            "images_per_second": done.seen / done.seconds,
+            "seconds": done.seconds,
             "lr": self.optimizer.param_groups[0]["lr"],
         }
-        if not math.isnan(residual_sum):
-            row["residual"] = residual_sum / seen
+        if config.method == "ep":
+            row["residual"] = done.residual_sum / done.seen
         return row
 
     def evaluate(self) -> float:
@@ -145,13 +170,19 @@ class Trainer:
     # ---- the run ----
 
     def run(self, folder: RunFolder) -> dict[str, Any]:
-        """Train to the last epoch, or to Ctrl-C; returns the summary, which is also in the folder.
+        """Train to the last epoch, or until SIGINT or SIGTERM; returns the summary, which is also in the folder.
+
+        A signal ends the run after the batch that it fell into, with a checkpoint; a second one ends it at once.
 
         Raises:
             Diverged: the loss is not finite (the summary is written first).
         """
         status, failure = "finished", None
-        with _backend(self.config.backend), Progress(self.config.epochs, quiet=self.config.quiet) as progress:
+        with (
+            _backend(self.config.backend),
+            self._signals(),
+            Progress(self.config.epochs, quiet=self.config.quiet) as progress,
+        ):
             progress.note(self.headline())
             try:
                 while self.epoch < self.config.epochs:
@@ -161,9 +192,12 @@ class Trainer:
                     self.rows.append(row)
                     folder.append_metrics(row)
                     checkpoint.save(folder.path, self.state())
-            except KeyboardInterrupt:
+            except (Stopped, KeyboardInterrupt) as error:
                 status = "interrupted"
-                progress.note(f"stopped by Ctrl-C after {self.epoch} of {self.config.epochs} epochs")
+                if isinstance(error, Stopped):  # between two batches: the weights are whole
+                    checkpoint.save(folder.path, self.state())
+                where = f"{self.epoch} of {self.config.epochs} epochs and {self.partial.batches} batches"
+                progress.note(f"stopped after {where}; continue with: ep-train resume {folder.path}")
             except Diverged as error:
                 status, failure = "diverged", error
             summary = self.summary(status)
@@ -174,6 +208,25 @@ class Trainer:
                 raise failure
             progress.note(self.closing(summary, folder))
         return summary
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn the first SIGINT or SIGTERM into a request, so that no step is cut in half."""
+
+        def ask(number: int, frame: object) -> None:
+            if self.stop_asked:
+                raise KeyboardInterrupt
+            self.stop_asked = True
+
+        if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+            yield
+            return
+        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def headline(self) -> str:
         """One line that says what is trained, by which method and on which backend."""
@@ -220,6 +273,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "epoch": self.epoch,
             "seconds": self.seconds,
+            "partial": dataclasses.asdict(self.partial),
         }
 
     def restore(self, state: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -228,6 +282,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.seconds, self.rows = state["epoch"], state["seconds"], rows
+        self.partial = Partial(**state["partial"])
 
 
 def train(config: TrainConfig) -> tuple[dict[str, Any], Path]:
@@ -245,8 +300,11 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], Path]:
     return trainer.run(folder), folder.path
 
 
-def resume(path: Path, *, quiet: bool = False) -> tuple[dict[str, Any], Path]:
+def resume(path: Path, *, epochs: int | None = None, quiet: bool = False) -> tuple[dict[str, Any], Path]:
     """Continue the run in ``path`` from its last checkpoint: the same numbers as if it had never stopped.
+
+    Args:
+        epochs: train to this many instead; a falling learning rate then falls over the new total.
 
     Raises:
         CheckpointError, RunFolderError: there is nothing to resume there.
@@ -254,6 +312,9 @@ def resume(path: Path, *, quiet: bool = False) -> tuple[dict[str, Any], Path]:
     state = checkpoint.load(path)
     config = config_from_json(path / "config.json", quiet=quiet)
     folder = RunFolder.resume(path, before_epoch=state["epoch"] + 1)
+    if epochs is not None:
+        config = dataclasses.replace(config, epochs=epochs)
+        folder.write_config(dataclasses.asdict(config))
     trainer = Trainer(config)
     trainer.restore(state, folder.read_metrics())
     return trainer.run(folder), folder.path

@@ -176,9 +176,14 @@ def _contrast(dtype: torch.dtype, thorough: bool) -> Iterator[Sample]:
         for phases, source_phases, centre in ((2, 2, 0.5), (1, 1, 0.5), (1, 1, 0.0), (2, 0, 0.5), (1, 0, 0.5)):
             source_delta = g.source(new, source_phases * g.batch) if source_phases else None
             target_delta = new(phases * shape[0], *shape[1:])
-            args = (source, source_delta, new(*shape), target_delta, tuple(weight.shape), *g.options(), winners)
+            args = (source, source_delta, new(*shape), target_delta, tuple(weight.shape), *g.options())
             name = f"{g}-{phases}-{source_phases}-{centre}"
-            yield Sample("contrast", name, args, {**gains, "centre": centre})
+            yield Sample("contrast", name, (*args, winners), {**gains, "centre": centre})
+            if winners is not None and centre == 0.5:
+                live = new.winners(2 * g.batch, *shape[1:])
+                yield Sample("contrast", f"{name}-live", (*args, live), {**gains, "centre": centre})
+            if winners is not None and g.batch > 1:
+                yield Sample("contrast", f"{name}-half", (*args, winners[: g.batch // 2]), {**gains, "centre": centre})
 
 
 def _relax_step(dtype: torch.dtype, thorough: bool) -> Iterator[Sample]:

@@ -61,6 +61,20 @@ def test_is_the_difference_of_two_ordinary_gradients() -> None:
         assert_same(got, [expected, scale * deltas[1].sum((0, 2, 3))], 1e-12)
 
 
+def test_live_winners_are_those_of_each_phase() -> None:
+    new = Maker(torch.float64)
+    plus, minus, weight = (new(2, 3, 7, 5), new(2, 4, 3, 2)), (new(2, 3, 7, 5), new(2, 4, 3, 2)), new(4, 3, 3, 3)
+    weight.requires_grad_()
+    with backend("reference"):
+        drives = [functional.drive(s[0], weight, (1, 1), (1, 1), "max") for s in (plus, minus)]
+    up, down = ((s[1] * pooled).sum() for s, (pooled, _) in zip((plus, minus), drives, strict=True))
+    expected = torch.autograd.grad(up - down, weight)[0]
+    winners = torch.cat([won for _, won in drives if won is not None])
+    deltas = (plus[0] - minus[0], plus[1] - minus[1])
+    got = functional.contrast(minus[0], deltas[0], minus[1], deltas[1], weight.shape, (1, 1), (1, 1), "max", winners)
+    assert_same(got, [expected, deltas[1].sum((0, 2, 3))], 1e-12)
+
+
 def test_small_differences_lose_no_digits() -> None:
     """Deltas of 1e-9 beside states of order 1, in float32: the subtraction of two gradients would leave nothing."""
     new = Maker(torch.float64)

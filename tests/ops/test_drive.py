@@ -69,7 +69,14 @@ def identity(values: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 inf, nan = float("inf"), float("nan")
-WINDOWS = [[1.0] * 4, [0.0, -0.0, 0.0, -0.0], [-1.0, 2.0, 2.0, 1.0], [1.0, 2.0, 3.0, 3.0], [-inf] * 4, [1.0, inf, inf, 2.0]]
+WINDOWS = [
+    [1.0] * 4,
+    [0.0, -0.0, 0.0, -0.0],
+    [-1.0, 2.0, 2.0, 1.0],
+    [1.0, 2.0, 3.0, 3.0],
+    [-inf] * 4,
+    [1.0, inf, inf, 2.0],
+]
 
 
 @pytest.mark.parametrize("values", WINDOWS)

@@ -153,6 +153,7 @@ CONTRAST_ROWS: list[Row] = [
     ({"winners": None}, "winners", "those of the drive", "None"),
     ({"winners": u8(2, 6, 4, 2)}, "winners", "shape [2, 6, 3, 2]", "[2, 6, 4, 2]"),
     ({"winners": u8(2, 6, 3, 2).bool()}, "winners", "torch.uint8", "torch.bool"),
+    ({"winners": u8(4, 6, 3, 2), "centre": 0.0}, "centre", "0.5 with winners of both phases", "0.0"),
     ({"scale": inf}, "scale", "a finite number", "inf"),
     ({"centre": nan}, "centre", "a finite number", "nan"),
     ({"source_gain": nan}, "source_gain", "a finite number", "nan"),
@@ -235,6 +236,7 @@ def program(*integers: int) -> Change:
     return {"program": list(integers)}
 
 
+COUNTED = ("biases", "drives", "winners", "extra", "shapes", "connections", "drive_gains", "feedback_gains", "scales")
 RAW_DRIVE = {**DRIVE, "stride": [1, 1], "padding": [1, 1], "pool": 1, "winners": None}
 RAW_STEP = named("relax_step", capture("relax_step", lambda: functional.relax_step(**STEP))[0])
 RAW_CONTRAST = named("contrast", capture("contrast", lambda: functional.contrast(**CONTRAST))[0])
@@ -327,6 +329,7 @@ RAW: dict[str, tuple[Change, list[Row]]] = {
             ({"winners": None}, "winners", "max pooling", "none"),
             ({"winners": u8(2, 6, 3, 3)}, "winners", "shape [2, 6, 3, 2]", "[2, 6, 3, 3]"),
             ({"winners": new(2, 6, 3, 2)}, "winners", "uint8", "Float"),
+            ({"winners": u8(4, 6, 3, 2), "centre": 0.0}, "centre", "0.5 with winners of both phases", "0"),
             ({"padding": [-1, 1]}, "padding", ">= 0", "[-1, 1]"),
             ({"stride": []}, "stride", "2 integers", "0"),
             ({"scale": nan}, "scale", "a finite number", "nan"),
@@ -340,11 +343,7 @@ RAW: dict[str, tuple[Change, list[Row]]] = {
         [
             ({"states": FREE["states"][:1]}, "states", "at least one node", "1"),
             ({"weights": []}, "weights", "at least one", "0"),
-            *(
-                (free(**{name: lambda v: v[:-1]}), name, "entries", str(len(FREE[name]) - 1))
-                for name in ("biases", "drives", "winners", "extra", "shapes", "connections", "drive_gains")
-                + ("feedback_gains", "nudge_gains", "scales")
-            ),
+            *((free(**{name: lambda v: v[:-1]}), name, "entries", str(len(FREE[name]) - 1)) for name in COUNTED),
             *(
                 (nudged(**{name: lambda v: v[:-1]}), name, "entries", str(len(NUDGED[name]) - 1))
                 for name in ("free", "preactivations", "head_scalars")

@@ -18,7 +18,7 @@ from tests.ops.networks import HEADS, SKIP, problem
 
 # Positions of the integer lists, and of the tensor lists, among the arguments of relax.
 LISTS = {"shapes": 9, "connections": 10, "head_spec": 11, "program": 12}
-TENSORS = {"states": 0, "weights": 1, "biases": 2, "drives": 3, "winners": 4, "free": 5, "pre": 6, "heads": 7, "extra": 8}
+TENSORS = ("states", "weights", "biases", "drives", "winners", "free", "preactivations", "heads", "extra")
 CONFIGS = (
     RelaxConfig(),
     RelaxConfig("sync", 3, 2, form="states", winners="live"),
@@ -122,14 +122,14 @@ def test_tensor_lists(data: st.DataObject) -> None:
     """Tensors that are absent, of another call, of another dtype, transposed, empty or cut."""
     arguments = list(data.draw(st.sampled_from(CALLS)))
     for _ in range(data.draw(st.integers(1, 3))):
-        group = arguments[TENSORS[data.draw(st.sampled_from(sorted(TENSORS)))]]
+        index = TENSORS.index(data.draw(st.sampled_from(TENSORS)))
+        group = arguments[index]
         if not group:
             continue
         at = data.draw(st.integers(0, len(group) - 1))
-        t = group[at]
+        t = group[at] if group[at].dim() else group[at].view(1)
         changed = [t.new_empty(0), t.double(), t.to(torch.uint8), t[:1], t[:0], t.T if t.dim() == 2 else t.flatten()]
         changed += [t.unsqueeze(0), t.sum(), torch.full_like(t, 255)]
         changed += [other for group in arguments[:9] for other in group]
-        group = [*group[:at], data.draw(st.sampled_from(changed)), *group[at + 1 :]]
-        arguments[next(i for i in TENSORS.values() if len(arguments[i]) == len(group))] = group
+        arguments[index] = [*group[:at], data.draw(st.sampled_from(changed)), *group[at + 1 :]]
     run(arguments)

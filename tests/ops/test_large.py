@@ -10,7 +10,7 @@ import torch
 from ep_kernels import functional, ops
 
 LIMIT = 1 << 31  # bytes
-NEEDED = 8 << 20  # kilobytes of free memory
+NEEDED = 6 << 20  # kilobytes of free memory
 
 
 def available() -> int:

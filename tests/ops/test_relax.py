@@ -176,7 +176,7 @@ def test_single_precision(network: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bfloat16_operands(network: str, dtype: torch.dtype) -> None:
     """8 bits of mantissa in the operands: states within 2 % (root mean square; a winner close to a tie may flip),
-    gradients at cosine 0.98 to those in full precision."""
+    gradients of all weights together at cosine 0.99 to those in full precision."""
     net = NETWORKS[network]
     params, x, targets = problem(net, dtype=dtype)
     full, low = RelaxConfig(), RelaxConfig(operands=torch.bfloat16)
@@ -185,10 +185,9 @@ def test_bfloat16_operands(network: str, dtype: torch.dtype) -> None:
     for got, wanted in zip(free.states, free_.states, strict=True):
         assert float((got - wanted).norm() / wanted.norm()) <= 0.02
     assert any(not torch.equal(a, b) for a, b in zip(free.states, free_.states, strict=True))
-    for key, value in expected.named().items():
-        got = found.named()[key]
-        assert got.dtype == dtype
-        assert torch.nn.functional.cosine_similarity(got.flatten(), value.flatten(), 0) > 0.98, key
+    assert all(g.dtype == dtype for g in found.named().values())
+    flat, flat_ = (torch.cat([g.flatten() for g in p.weights]) for p in (found, expected))
+    assert torch.nn.functional.cosine_similarity(flat, flat_, 0) > 0.99
     reference = free_phase(net, params, x, low, backend="reference").states
     for got, wanted in zip(free.states, reference, strict=True):
         assert float((got - wanted).norm() / wanted.norm()) <= 0.005
