@@ -4,7 +4,8 @@
 // stride and padding are (height, width) pairs; pool is 0 none, 1 max, 2 average (2x2, stride 2, floor); winners are
 // uint8 0..3, row-major in the window; form is 0 states, 1 delta, 2 tangent. A tensor with fewer samples than the batch
 // is read modulo its own batch. Geometry lists hold (stride h, w, padding h, w, pool) per connection. In lists of
-// tensors an empty 1-d tensor stands for an absent one. Equations: docs/concepts.md; semantics: ep_kernels/reference.py.
+// tensors an empty 1-d tensor stands for an absent one. Equations: docs/concepts.md; semantics:
+// ep_kernels/reference.py.
 #include "cpu/ops.h"
 
 #include "cpu/passes.h"
@@ -27,8 +28,8 @@ STABLE_TORCH_LIBRARY(ep_kernels, m) {
       " int[] stride, int[] padding, int pool, Tensor? winners, float source_gain, float target_gain, float centre,"
       " float scale) -> (Tensor, Tensor)");
   // shapes: 3 per node (C, H, W; vectors F, 0, 0). connections: 7 per connection (src, dst, stride h, w, padding h, w,
-  // pool). heads: map, bias, target per head; head_spec: 4 per head (node, loss, pool, pointwise); head_scalars: weight,
-  // temperature. program: csrc/cpu/program.h.
+  // pool). heads: map, bias, target per head; head_spec: 4 per head (node, loss, pool, pointwise); head_scalars:
+  // weight, temperature. program: csrc/cpu/program.h.
   // -> (states of nodes 1.., gamma a of nodes 1.., drives, winners per connection, residual [steps, B])
   m.def(
       "relax(Tensor[] states, Tensor[] weights, Tensor[] biases, Tensor[] drives, Tensor[] winners, Tensor[] free,"

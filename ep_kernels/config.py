@@ -64,8 +64,8 @@ class RelaxConfig:
                 names = ", ".join(str(v) for v in valid)
                 raise ValueError(f"RelaxConfig: argument '{name}': expected one of {names}, got {value!r}")
         for name, ok, expected in (
-            ("free_steps", self.free_steps >= 1, "an integer >= 1"),
-            ("nudged_steps", self.nudged_steps >= 1, "an integer >= 1"),
+            ("free_steps", isinstance(self.free_steps, int) and self.free_steps >= 1, "an integer >= 1"),
+            ("nudged_steps", isinstance(self.nudged_steps, int) and self.nudged_steps >= 1, "an integer >= 1"),
             ("beta", math.isfinite(self.beta) and self.beta > 0, "a finite number > 0"),
             ("damping", math.isfinite(self.damping) and 0 < self.damping <= 1, "a number in (0, 1]"),
             ("over_relaxation", 1 <= self.over_relaxation < 2, "a number in [1, 2)"),

@@ -1,7 +1,8 @@
 """The compiled ops, ``torch.ops.ep_kernels.*``, as PyTorch sees them: loading, fake implementations, autograd.
 
 Schemas are in csrc/ops.cpp. Fake implementations give shapes to torch.compile and FakeTensor; ``drive`` is
-differentiable (its adjoint is the feedback), the others refuse to be differentiated and say what to use instead.
+differentiable (its adjoint is the feedback), the others refuse to be differentiated and say what to use instead. Under
+torch.autocast they compute in float32: the precision of a relaxation is chosen by ``RelaxConfig.operands``.
 """
 
 from __future__ import annotations
@@ -227,6 +228,8 @@ def _register() -> None:
         ("relax", _fake_relax),
     ):
         torch.library.register_fake(f"ep_kernels::{name}", fake)
+        for device in ("cpu", "cuda"):  # without it the convolutions inside would be cast, behind the op's back
+            torch.library.register_autocast(f"ep_kernels::{name}", device, torch.float32)
     torch.library.register_autograd("ep_kernels::drive", _drive_backward, setup_context=_drive_context)
     for name in ("relax_step", "contrast", "relax"):
         torch.library.register_autograd(f"ep_kernels::{name}", _refuse(name))

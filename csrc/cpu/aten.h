@@ -16,6 +16,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 
+inline Tensor cast(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+// Results have the dtype of their operands, whatever mode (autocast) the dispatcher is in.
 namespace aten {
 
 template <size_t N>
@@ -26,17 +31,11 @@ void call(const char* op, const char* overload, std::array<StableIValue, N>& sta
 inline Tensor convolution(const Tensor& x, const Tensor& w, const Ints& stride, const Ints& padding, bool transposed,
                           const Ints& output_padding) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack{from(x),
-                                    from(w),
-                                    from(std::optional<Tensor>()),
-                                    from(stride),
-                                    from(padding),
-                                    from(Ints{1, 1}),
-                                    from(transposed),
-                                    from(output_padding),
-                                    from(int64_t{1})};
+  std::array<StableIValue, 9> stack{
+      from(x),          from(w),          from(std::optional<Tensor>()), from(stride),    from(padding),
+      from(Ints{1, 1}), from(transposed), from(output_padding),          from(int64_t{1})};
   call("aten::convolution", "", stack);
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return cast(torch::stable::detail::to<Tensor>(stack[0]), x.scalar_type());
 }
 
 // Gradient of a convolution's weight: sum over samples of `above` (x) `below`.
@@ -57,10 +56,10 @@ inline Tensor convolution_weight(const Tensor& above, const Tensor& below, const
                                      from(torch::headeronly::HeaderOnlyArrayRef<bool>(kWeightOnly, 3))};
   call("aten::convolution_backward", "", stack);
   for (size_t i : {0, 2}) torch::stable::detail::to<Tensor>(stack[i]);  // undefined: release the handles
-  return torch::stable::detail::to<Tensor>(stack[1]);
+  return cast(torch::stable::detail::to<Tensor>(stack[1]), w.scalar_type());
 }
 
-inline Tensor matmul(const Tensor& a, const Tensor& b) { return torch::stable::matmul(a, b); }
+inline Tensor matmul(const Tensor& a, const Tensor& b) { return cast(torch::stable::matmul(a, b), a.scalar_type()); }
 
 inline Tensor transpose(const Tensor& a) { return torch::stable::transpose(a, 0, 1); }
 
@@ -116,10 +115,6 @@ inline Tensor empty(const Ints& shape, const Tensor& like, std::optional<ScalarT
 }
 
 inline Tensor absent(const Tensor& like) { return empty({0}, like); }
-
-inline Tensor cast(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
-}
 
 inline int64_t product(const Ints& shape, size_t from) {
   int64_t n = 1;

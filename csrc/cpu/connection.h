@@ -12,7 +12,7 @@ struct Geometry {
   Ints padding{0, 0};
   Pool pool = Pool::kNone;
 
-  Ints map_size(const Ints& source, const Ints& weight) const;   // of the convolution's output, [H, W]
+  Ints map_size(const Ints& source, const Ints& weight) const;     // of the convolution's output, [H, W]
   Ints drive_shape(const Ints& source, const Ints& weight) const;  // [B, C, H, W] or [B, F]
 };
 

@@ -122,8 +122,8 @@ std::tuple<Tensor, Tensor> contrast(const Tensor& source, const std::optional<Te
   const bool live = winners && g.pool == Pool::kMax && winners->dim() > 0 && winners->size(0) == 2 * driven[0];
   if (winners && g.pool == Pool::kMax) check_winners(kOp, *winners, driven, live ? 2 * driven[0] : driven[0]);
   EP_CHECK(!live || centre == 0.5 || driven[0] == 0, kOp, "centre", "0.5 with winners of both phases", centre);
-  for (const auto& [name, value] : {std::pair{"source_gain", source_gain}, {"target_gain", target_gain},
-                                    {"centre", centre}, {"scale", scale}}) {
+  for (const auto& [name, value] :
+       {std::pair{"source_gain", source_gain}, {"target_gain", target_gain}, {"centre", centre}, {"scale", scale}}) {
     EP_CHECK(std::isfinite(value), kOp, name, "a finite number", value);
   }
 

@@ -1,8 +1,7 @@
 // torch.ops.ep_kernels.drive
-#include "ops.h"
-
 #include "connection.h"
 #include "ep/check.h"
+#include "ops.h"
 
 namespace ep::cpu {
 
@@ -23,8 +22,8 @@ std::tuple<Tensor, Tensor> drive(const Tensor& source, const Tensor& weight, con
     frozen = dense(*winners);
   }
   Tensor won = empty({0}, source, ScalarType::Byte);
-  const Tensor pooled = pooled_drive(g.linear ? source : dense(source), dense(weight), g,
-                                     frozen ? &*frozen : nullptr, &won, source.scalar_type());
+  const Tensor pooled = pooled_drive(g.linear ? source : dense(source), dense(weight), g, frozen ? &*frozen : nullptr,
+                                     &won, source.scalar_type());
   return {pooled, won};
 }
 

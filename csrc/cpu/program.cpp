@@ -34,7 +34,8 @@ class Reader {
     for (int64_t& c : out) {
       c = index("a connection", 0, count_);
       const int64_t at = ends_[2 * c + end];
-      EP_CHECK(at == node, "relax", "program", (end == 0 ? "a connection out of node " : "a connection into node ") << node,
+      EP_CHECK(at == node, "relax", "program",
+               (end == 0 ? "a connection out of node " : "a connection into node ") << node,
                "connection " << c << ", " << (end == 0 ? "out of node " : "into node ") << at);
     }
     return out;

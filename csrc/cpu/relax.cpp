@@ -341,8 +341,9 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensor> relax(
     const int64_t* size = shapes.data() + 3 * i;
     const bool map = size[1] != 0 || size[2] != 0;
     const int64_t most = map ? int64_t{1} << 20 : int64_t{1} << 31;  // products of three stay within 64 bits
-    EP_CHECK(size[0] > 0 && size[0] < most && (!map || (size[1] > 0 && size[2] > 0 && size[1] < most && size[2] < most)),
-             kOp, "shapes", "C, H, W or F, 0, 0 for node " << i, size[0] << ", " << size[1] << ", " << size[2]);
+    EP_CHECK(
+        size[0] > 0 && size[0] < most && (!map || (size[1] > 0 && size[2] > 0 && size[1] < most && size[2] < most)),
+        kOp, "shapes", "C, H, W or F, 0, 0 for node " << i, size[0] << ", " << size[1] << ", " << size[2]);
     node.shape = {batch, size[0]};
     if (map) node.shape.insert(node.shape.end(), {size[1], size[2]});
     Ints free_shape = node.shape;

@@ -57,8 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> relax_step(
   check_lengths("above", above.size(), above_weights.size(), above_geometry.size(), above_gains.size());
   EP_CHECK(above_winners.size() == above.size(), kOp, "above_winners", above.size() << " (one per above)",
            above_winners.size());
-  for (const auto& [name, gains] : {std::pair{"drive_gains", &drive_gains}, {"below_gains", &below_gains},
-                                    {"above_gains", &above_gains}}) {
+  for (const auto& [name, gains] :
+       {std::pair{"drive_gains", &drive_gains}, {"below_gains", &below_gains}, {"above_gains", &above_gains}}) {
     check_finite(kOp, name, *gains);
   }
   check_finite(kOp, "nudge_gain", {nudge_gain});

@@ -69,8 +69,8 @@ void run(const std::vector<Summand>& summands, const Tensor* bias, const Tensor*
 
 }  // namespace
 
-void step(const std::vector<Summand>& summands, const Tensor* bias, const Tensor* old, const Tensor* pre, int64_t phases,
-          const Dynamics& dynamics, const Tensor& out, const Tensor* pre_out, double* residual) {
+void step(const std::vector<Summand>& summands, const Tensor* bias, const Tensor* old, const Tensor* pre,
+          int64_t phases, const Dynamics& dynamics, const Tensor& out, const Tensor* pre_out, double* residual) {
   if (out.scalar_type() == ScalarType::Double) {
     run<double>(summands, bias, old, pre, phases, dynamics, out, pre_out, residual);
   } else {

@@ -23,7 +23,7 @@ struct Dynamics {
 
 // Writes the new state to `out` (may be `old` itself), gamma a to `pre_out` if not null, and raises the samples'
 // entries of residual[batch] to the changes, in the states' units. bias, old, pre may be null.
-void step(const std::vector<Summand>& summands, const Tensor* bias, const Tensor* old, const Tensor* pre, int64_t phases,
-          const Dynamics& dynamics, const Tensor& out, const Tensor* pre_out, double* residual);
+void step(const std::vector<Summand>& summands, const Tensor* bias, const Tensor* old, const Tensor* pre,
+          int64_t phases, const Dynamics& dynamics, const Tensor& out, const Tensor* pre_out, double* residual);
 
 }  // namespace ep::cpu

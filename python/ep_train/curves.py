@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ def plot_curves(metrics_rows: Iterable[Mapping[str, Any]], path: Path, *, title:
     for axes, (label, curves) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         _draw(axes, epochs, label, curves)
     if title:
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(textwrap.fill(title, 38 * len(drawn)), fontsize=12)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         figure.savefig(temporary, format="png")

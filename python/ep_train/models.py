@@ -137,10 +137,16 @@ class Model(nn.Module):
         return Parameters.from_named(self.network, {name: p.detach() for name, p in self.named_parameters()})
 
     def set_gradients(self, gradients: Parameters) -> None:
-        """Store gradients in ``.grad`` for an optimizer."""
+        """Store gradients in ``.grad`` for an optimizer, in the parameters' own memory layout.
+
+        torch's fused optimizers pair the numbers of a parameter and its gradient as they lie in memory.
+        """
         named = gradients.named()
         for name, parameter in self.named_parameters():
-            parameter.grad = named[name]
+            gradient = named[name]
+            if gradient.stride() != parameter.stride():
+                gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+            parameter.grad = gradient
 
     def layer_of(self, name: str) -> int:
         """Layer of a parameter, for per-layer learning rates: its node, or one past the last for the readout."""

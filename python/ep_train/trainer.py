@@ -29,9 +29,12 @@ from .progress import Progress
 from .run_folder import RunFolder
 from .step import bptt_step, ep_step, predict
 
+# States stay in their box, so a loss that runs away stays finite: it is given up at this multiple of a guess's.
+RUNAWAY = 1e4
+
 
 class Diverged(RuntimeError):
-    """The loss is not finite; the run ends with what its last checkpoint holds."""
+    """The loss is not finite or has run away; the run ends with what its last checkpoint holds."""
 
 
 class Stopped(Exception):
@@ -121,10 +124,10 @@ class Trainer:
             relax = config.relax_config(positive_sign=bool(signs[done.batches]))
             result = (ep_step if config.method == "ep" else bptt_step)(self.model, images, labels, relax)
             loss = float(result.loss)
-            if not math.isfinite(loss):
+            if not loss < RUNAWAY * math.log(max(self.dataset.classes, 3)):
                 raise Diverged(
-                    f"the loss became {loss} in epoch {epoch} after {done.seen} images: lower --lr or --feedback-gain, "
-                    "or raise --free-steps"
+                    f"the loss became {loss:.3g} in epoch {epoch} after {done.seen} images: lower --lr or "
+                    "--feedback-gain, or raise --free-steps"
                 )
             self.optimizer.step()
             self.scheduler.step()
@@ -175,7 +178,7 @@ class Trainer:
         A signal ends the run after the batch that it fell into, with a checkpoint; a second one ends it at once.
 
         Raises:
-            Diverged: the loss is not finite (the summary is written first).
+            Diverged: the loss is not finite or has run away (the summary is written first).
         """
         status, failure = "finished", None
         with (
@@ -277,12 +280,19 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        """Continue from a checkpoint; ``rows`` are the metrics up to it."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.epoch, self.seconds, self.rows = state["epoch"], state["seconds"], rows
-        self.partial = Partial(**state["partial"])
+        """Continue from a checkpoint; ``rows`` are the metrics up to it.
+
+        Raises:
+            CheckpointError: it is of another network or optimizer.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.epoch, self.seconds, self.rows = state["epoch"], state["seconds"], rows
+            self.partial = Partial(**state["partial"])
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:  # torch's own, one for each kind of misfit
+            raise checkpoint.CheckpointError(f"the checkpoint does not fit config.json: {error}") from error
 
 
 def train(config: TrainConfig) -> tuple[dict[str, Any], Path]:
@@ -321,16 +331,26 @@ def resume(path: Path, *, epochs: int | None = None, quiet: bool = False) -> tup
 
 
 def config_from_json(path: Path, *, quiet: bool = False) -> TrainConfig:
-    """The configuration that a run folder holds."""
-    values = json.loads(path.read_text())
+    """The configuration that a run folder holds.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another version.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{path}: not a readable configuration: {error}") from error
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if not isinstance(values, dict) or set(values) != known:
         raise checkpoint.CheckpointError(f"{path}: not the configuration of this version of ep-train")
-    for name in ("data_root", "out"):
-        values[name] = Path(values[name]) if values[name] is not None else None
-    for name in ("local_heads", "layer_lr"):
-        values[name] = tuple(values[name])
-    return TrainConfig(**{**values, "quiet": quiet})
+    try:
+        for name in ("data_root", "out"):
+            values[name] = Path(values[name]) if values[name] is not None else None
+        for name in ("local_heads", "layer_lr"):
+            values[name] = tuple(values[name])
+        return TrainConfig(**{**values, "quiet": quiet})
+    except (TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{path}: not a configuration of ep-train: {error}") from error
 
 
 def make_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:

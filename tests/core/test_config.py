@@ -27,7 +27,9 @@ NET = NETWORKS["max"]
         ({"winners": "thawed"}, "one of live, frozen", "'thawed'"),
         ({"operands": torch.float16}, "one of None, torch.bfloat16", "torch.float16"),
         ({"free_steps": 0}, "an integer >= 1", "0"),
+        ({"free_steps": 2.5}, "an integer >= 1", "2.5"),
         ({"nudged_steps": -1}, "an integer >= 1", "-1"),
+        ({"nudged_steps": 1.0}, "an integer >= 1", "1.0"),
         ({"beta": 0.0}, "a finite number > 0", "0.0"),
         ({"beta": -0.1}, "a finite number > 0", "-0.1"),
         ({"beta": NAN}, "a finite number > 0", "nan"),
@@ -50,7 +52,7 @@ def test_relax_config(change: dict[str, Any], expected: str, got: str) -> None:
 
 @pytest.mark.parametrize("change", [{"form": "delta"}, {"form": "states", "estimator": "tangent"}])
 def test_deltas_need_frozen_winners(change: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="argument 'winners': expected 'frozen' with form='delta' or .*, got 'live'"):
+    with pytest.raises(ValueError, match=r"argument 'winners': expected 'frozen' with .*, got 'live'"):
         RelaxConfig(winners="live", **change)
     assert RelaxConfig(winners="live", form="states").nudge_form == "states"
 
@@ -64,7 +66,7 @@ def test_defaults_and_classical_settings() -> None:
     assert (classical.schedule, classical.form, classical.winners) == ("sync", "states", "live")
     assert (classical.free_steps, classical.nudged_steps, classical.beta) == (250, 30, 0.3)
     with pytest.raises(FrozenInstanceError):
-        default.beta = 1.0  # type: ignore[misc]
+        default.beta = 1.0
 
 
 @pytest.mark.parametrize(
@@ -72,20 +74,23 @@ def test_defaults_and_classical_settings() -> None:
     [
         (lambda: Connection(1, 1), "Connection: argument 'src, dst': expected 0 <= src < dst, got 1, 1"),
         (lambda: Connection(-1, 1), "argument 'src, dst': expected 0 <= src < dst, got -1, 1"),
-        (lambda: Connection(0, 1, pool="mean"), "argument 'pool': expected one of none, max, avg, got 'mean'"),  # type: ignore[arg-type]
+        (lambda: Connection(0, 1, pool="mean"), "argument 'pool': expected one of none, max, avg, got 'mean'"),
         (lambda: Connection(0, 1, None, pool="max"), "argument 'pool': expected 'none' for a linear connection"),
         (lambda: Connection(0, 1, (0, 3)), "argument 'kernel_size': expected two integers >= 1, got (0, 3)"),
-        (lambda: Connection(0, 1, (3,)), "argument 'kernel_size': expected two integers >= 1, got (3,)"),  # type: ignore[arg-type]
+        (lambda: Connection(0, 1, (3,)), "argument 'kernel_size': expected two integers >= 1, got (3,)"),
         (lambda: Connection(0, 1, stride=(1, 0)), "argument 'stride': expected two integers >= 1, got (1, 0)"),
         (lambda: Connection(0, 1, padding=(-1, 1)), "argument 'padding': expected two integers >= 0, got (-1, 1)"),
-        (lambda: Connection(0, 1, padding=(0.5, 1)), "argument 'padding': expected two integers >= 0, got (0.5, 1)"),  # type: ignore[arg-type]
-        (lambda: Head(1, 3, loss="hinge"), "Head: argument 'loss': expected one of cross_entropy, mse, got 'hinge'"),  # type: ignore[arg-type]
+        (lambda: Connection(0, 1, padding=(0.5, 1)), "argument 'padding': expected two integers >= 0, got (0.5, 1)"),
+        (lambda: Head(1, 3, loss="hinge"), "Head: argument 'loss': expected one of cross_entropy, mse, got 'hinge'"),
         (lambda: Head(1, 0), "Head: argument 'outputs': expected None or > 0, got 0"),
         (lambda: Head(1, 3, pool=0), "Head: argument 'pool': expected None or > 0, got 0"),
         (lambda: Head(1, 3, weight=NAN), "Head: argument 'weight': expected a finite number, got nan"),
         (lambda: Head(1, 3, temperature=0.0), "Head: argument 'temperature': expected a finite number > 0, got 0.0"),
         (lambda: Head(1, None, pointwise=True), "Head: argument 'outputs': expected a number of channels (pointwise)"),
-        (lambda: replace(NET, shapes=NET.shapes[:1]), "Network: argument 'shapes': expected the input and at least one"),
+        (
+            lambda: replace(NET, shapes=NET.shapes[:1]),
+            "Network: argument 'shapes': expected the input and at least one",
+        ),
         (lambda: replace(NET, shapes=((2, 8), *NET.shapes[1:])), "argument 'shapes[0]': expected (C, H, W) or (F,) of"),
         (lambda: replace(NET, feedback_gain=0.0), "argument 'feedback_gain': expected a number in (0, 1], got 0.0"),
         (lambda: replace(NET, feedback_gain=1.5), "argument 'feedback_gain': expected a number in (0, 1], got 1.5"),
@@ -132,10 +137,10 @@ def test_defaults_and_classical_settings() -> None:
         ),
         (
             lambda: Network.chain((1, 4, 4), [2] * 3, ["max"] * 3, classes=2),
-            "argument 'pools, padding': expected a map of at least 1x1 after convolution 3, got 0x0 (from an input of 4x4)",
+            "expected a map of at least 1x1 after convolution 3, got 0x0 (from an input of 4x4)",
         ),
         (
-            lambda: Network.chain((1, 4, 4), [2], ["max"], classes=2, readout="svm"),  # type: ignore[arg-type]
+            lambda: Network.chain((1, 4, 4), [2], ["max"], classes=2, readout="svm"),
             "argument 'readout': expected 'softmax' or 'mse', got 'svm'",
         ),
         (
@@ -185,7 +190,9 @@ def test_parameters_by_name() -> None:
     with pytest.raises(ValueError, match=r"Parameters: expected a tensor 'nodes\.2\.bias' of shape \[4\], got none"):
         Parameters.from_named(NET, {n: t for n, t in named.items() if n != "nodes.2.bias"})
     wrong = {**named, "connections.1.weight": torch.zeros(4, 3, 3, 2)}
-    with pytest.raises(ValueError, match=r"'connections\.1\.weight': expected shape \[4, 3, 3, 3\], got \[4, 3, 3, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"'connections\.1\.weight': expected shape \[4, 3, 3, 3\], got \[4, 3, 3, 2\]"
+    ):
         Parameters.from_named(NET, wrong)
 
 
@@ -194,17 +201,15 @@ def test_arguments_of_the_phases() -> None:
     found = free_phase(NET, p.parameters, p.x, keep=True)
     bare = free_phase(NET, p.parameters, p.x)
     states = found.states
-    local = Network(NET.shapes, NET.connections, NET.readout, (Head(1, 2),))
     half = Parameters.from_named(NET, {n: t.float() for n, t in p.parameters.named().items()})
 
     def free(**options: Any) -> Callable[[], object]:
-        x = options.pop("x", p.x)
-        return lambda: free_phase(NET, options.pop("parameters", p.parameters), x, **options)
+        arguments = {"parameters": p.parameters, "x": p.x} | options
+        return lambda: free_phase(NET, **arguments)
 
     def nudged(**options: Any) -> Callable[[], object]:
-        found_ = options.pop("equilibrium", found)
-        targets = options.pop("targets", p.targets)
-        return lambda: nudged_phase(NET, p.parameters, found_, targets, **options)
+        arguments = {"equilibrium": found, "targets": p.targets} | options
+        return lambda: nudged_phase(NET, p.parameters, **arguments)
 
     table: list[tuple[Callable[[], object], str]] = [
         (free(x=p.x[:, :1]), "free_phase: argument 'x': expected shape [B, 2, 8, 8], got [3, 1, 8, 8]"),
@@ -226,9 +231,8 @@ def test_arguments_of_the_phases() -> None:
         (nudged(extra={2: p.x}), "argument 'extra[2]': expected shape [3, 4, 4, 4], got [3, 2, 8, 8]"),
         (nudged(extra={9: p.x}), "argument 'extra[9]': expected a node of the network, got [3, 2, 8, 8]"),
     ]
-    assert local.heads == (NET.readout, Head(1, 2))
     for call, message in table:
-        with pytest.raises(ValueError, match="(free|nudged)_phase: ") as caught:
+        with pytest.raises(ValueError, match=r"(free|nudged)_phase: ") as caught:
             call()
         assert message in str(caught.value)
 

@@ -53,9 +53,7 @@ def test_free_step_descends_the_energy(name: str, slope: float, backend: str) ->
     p = problem(replace(NETWORKS[name], slope=slope))
     states = p.states()
     after = free_phase(p.network, p.parameters, p.x, ONE_SWEEP, states=states, keep=True, backend=backend)
-    for got, state, expected in zip(
-        after.preactivations[1:], after.states[1:], expected_step(p, states), strict=True
-    ):
+    for got, state, expected in zip(after.preactivations[1:], after.states[1:], expected_step(p, states), strict=True):
         assert got is not None
         assert close(got, expected, 1e-10)
         assert close(state, expected.clamp(p.network.lo, p.network.hi), 1e-10)
@@ -84,9 +82,7 @@ def test_nudged_step_descends_the_nudged_energy(name: str, sign: str, backend: s
 def free_winners(net: Network, p: Problem, states: list[Tensor]) -> dict[int, Tensor]:
     out = {}
     for c, conn in enumerate(net.connections):
-        _, winners = reference.drive(
-            states[conn.src], p.parameters.weights[c], conn.stride, conn.padding, conn.pool
-        )
+        _, winners = reference.drive(states[conn.src], p.parameters.weights[c], conn.stride, conn.padding, conn.pool)
         if winners is not None:
             out[c] = winners
     return out

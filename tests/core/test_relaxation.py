@@ -176,9 +176,9 @@ def test_a_nudge_comes_down_one_node_a_sweep_in_sync(estimator: Any, backend: st
         config = RelaxConfig("sync", 3, steps, estimator=estimator)
         found = free_phase(net, p.parameters, p.x, config, keep=True, backend=backend)
         nudged = nudged_phase(net, p.parameters, found, p.targets, config, backend=backend)
-        reached = [i for i in range(1, 6) if bool(nudged.deltas[i].any())]  # type: ignore[union-attr]
+        reached = [i for i in range(1, 6) if bool(nudged.deltas[i].any())]
         assert reached == list(range(max(1, 6 - steps), 6))
-        assert (len(nudged.trace), len(nudged.deltas[1])) == (steps, 6 if estimator == "symmetric" else 3)  # type: ignore[arg-type]
+        assert (len(nudged.trace), len(nudged.deltas[1])) == (steps, 6 if estimator == "symmetric" else 3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -253,7 +253,10 @@ def test_skip_connections_count_the_longest_path() -> None:
     assert [net.nudge_coefficient(i) for i in range(7)] == [k ** (6 - i) for i in range(7)]
     diamond = Network(
         ((2, 4, 4),) + ((3, 4, 4),) * 4,
-        tuple(replace(net.connections[0], src=a, dst=b) for a, b in ((0, 1), (0, 2), (1, 3), (2, 3), (0, 4), (2, 4), (3, 4))),
+        tuple(
+            replace(net.connections[0], src=a, dst=b)
+            for a, b in ((0, 1), (0, 2), (1, 3), (2, 3), (0, 4), (2, 4), (3, 4))
+        ),
         replace(net.readout, node=4, outputs=3, loss="cross_entropy"),
     )
     assert diamond.levels == (0, 1, 1, 2, 3)

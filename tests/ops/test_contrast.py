@@ -18,7 +18,9 @@ def ids(value: object) -> str:
 
 @pytest.mark.parametrize(("dtype", "sample"), SAMPLES, ids=ids)
 def test_equals_reference(dtype: torch.dtype, sample: Sample) -> None:
-    assert_same(sample.run("cpu"), sample.run("reference"), TOLERANCE[dtype])
+    # sums of many terms that nearly cancel, as the bias of one channel, are compared on the scale of the terms
+    scale = abs(sample.kwargs["scale"] * sample.kwargs["target_gain"]) * float(sample.args[3].double().norm())
+    assert_same(sample.run("cpu"), sample.run("reference"), TOLERANCE[dtype], scale)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

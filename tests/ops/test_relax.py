@@ -155,6 +155,13 @@ def test_early_stop(network: str, schedule: str) -> None:
     all_close("deltas", nudged.deltas, nudged_.deltas)
 
 
+@pytest.mark.parametrize("on", BACKENDS)
+def test_the_first_sweep_never_stops(on: str) -> None:
+    params, x, _ = problem(CHAIN)
+    free = free_phase(CHAIN, params, x, RelaxConfig(free_steps=9, tol=100.0), backend=on)
+    assert (free.steps, len(free.trace), free.converged) == (2, 2, True)
+
+
 def test_a_tolerance_of_zero_never_stops() -> None:
     params, x, _ = problem(CHAIN)
     free = free_phase(CHAIN, params, x, RelaxConfig(free_steps=200), backend="cpu")

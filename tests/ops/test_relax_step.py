@@ -154,7 +154,7 @@ def test_refuses_to_be_differentiated() -> None:
         new.sum().backward()
 
 
-@pytest.mark.parametrize("sample", FEW, ids=ids)
+@pytest.mark.parametrize("sample", FEW[::5], ids=ids)
 def test_opcheck(sample: Sample) -> None:
     torch.library.opcheck(torch.ops.ep_kernels.relax_step, sample.raw())
 

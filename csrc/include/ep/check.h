@@ -24,12 +24,11 @@ std::string list(const Sizes& sizes) {
 }  // namespace ep
 
 // EP_CHECK(ok, "drive", "weight", "4 dimensions", weight.dim()): the last two may be `a << b` chains.
-#define EP_CHECK(condition, op, argument, expected, ...)                                     \
-  do {                                                                                       \
-    if (__builtin_expect(!(condition), 0)) {                                                 \
-      std::ostringstream ep_message;                                                         \
-      ep_message << op << ": argument '" << argument << "': expected " << expected << ", got " \
-                 << __VA_ARGS__;                                                             \
-      throw std::runtime_error(ep_message.str());                                            \
-    }                                                                                        \
+#define EP_CHECK(condition, op, argument, expected, ...)                                                       \
+  do {                                                                                                         \
+    if (__builtin_expect(!(condition), 0)) {                                                                   \
+      std::ostringstream ep_message;                                                                           \
+      ep_message << op << ": argument '" << argument << "': expected " << expected << ", got " << __VA_ARGS__; \
+      throw std::runtime_error(ep_message.str());                                                              \
+    }                                                                                                          \
   } while (false)

@@ -1,0 +1,193 @@
+"""Runs that are killed, stopped or damaged: what is left, and that a resumed run ends with the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ep_train import TrainConfig, cli, resume, train
+from ep_train.run_folder import read_metrics
+from tests.core.threads import one_thread  # noqa: F401  (autouse)
+
+OPTIONS: dict[str, Any] = {
+    "model": "16p-16",
+    "train_limit": 400,
+    "test_limit": 50,
+    "batch_size": 5,
+    "epochs": 4,
+    "estimator": "random_sign",
+    "lr_schedule": "cosine",
+    "crop_padding": 1,
+    "threads": 1,
+}
+TIMES = {"seconds", "images_per_second"}
+
+
+def start(out: Path, *more: str) -> subprocess.Popen[str]:
+    """The same run in a process of its own."""
+    options = [part for name, value in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "ep_train", *options, "--out", str(out), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            out, err = process.communicate()
+            pytest.fail(f"{path.name} did not appear (exit code {process.returncode}):\n{out}{err}")
+        time.sleep(0.005)
+
+
+def numbers(path: Path) -> list[dict[str, Any]]:
+    """The metrics without times."""
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(path)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that was never interrupted."""
+    summary, path = train(TrainConfig(**OPTIONS, out=tmp_path_factory.mktemp("whole") / "run", quiet=True))
+    assert summary["status"] == "finished"
+    return path
+
+
+def assert_same_end(path: Path, whole: Path) -> None:
+    """Bit for bit: JSON holds every digit of a float."""
+    assert numbers(path) == numbers(whole)
+    ours, theirs = (torch.load(p / "checkpoint.pt", weights_only=True) for p in (path, whole))
+    assert all(torch.equal(ours["model"][name], tensor) for name, tensor in theirs["model"].items())
+    assert json.loads((path / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, whole: Path) -> None:
+    process = start(tmp_path / "run")
+    wait_for(tmp_path / "run" / "checkpoint.pt", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    done = len(read_metrics(tmp_path / "run"))
+    assert 1 <= done < 4
+    assert not (tmp_path / "run" / "summary.json").exists()
+    summary, path = resume(tmp_path / "run", quiet=True)
+    assert summary["status"] == "finished"
+    assert summary["epochs"] == 4
+    assert_same_end(path, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_keeps_what_was_learnt(number: signal.Signals, tmp_path: Path, whole: Path) -> None:
+    process = start(tmp_path / "run")
+    wait_for(tmp_path / "run" / "checkpoint.pt", process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert f"continue with: ep-train resume {tmp_path / 'run'}" in out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert 1 <= summary["epochs"] < 4
+    assert summary["test_accuracy"] is not None
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["epoch"] == summary["epochs"] == len(read_metrics(tmp_path / "run"))
+    assert (tmp_path / "run" / "curves.png").exists()
+    assert cli.main(["resume", str(tmp_path / "run"), "--quiet"]) == 0
+    assert_same_end(tmp_path / "run", whole)
+
+
+def test_a_run_stopped_in_its_first_epoch_resumes_in_the_middle_of_it(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ep_train import trainer
+
+    original, calls = trainer.ep_step, []
+
+    def step(*args: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(trainer, "ep_step", step)
+    summary, path = train(TrainConfig(**OPTIONS, out=tmp_path / "run", quiet=True))
+    assert (summary["status"], summary["epochs"]) == ("interrupted", 0)
+    assert len(calls) == 30
+    assert torch.load(path / "checkpoint.pt", weights_only=True)["partial"]["batches"] == 30
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resume(path, quiet=True)
+    assert len(calls) == 4 * 80  # no batch twice
+    assert_same_end(path, whole)
+
+
+def test_more_epochs(tmp_path: Path, whole: Path) -> None:
+    small = {**OPTIONS, "epochs": 1, "lr_schedule": "constant", "train_limit": 50}
+    _, path = train(TrainConfig(**small, out=tmp_path / "one", quiet=True))
+    summary, _ = resume(path, epochs=3, quiet=True)
+    assert summary["epochs"] == 3
+    assert json.loads((path / "config.json").read_text())["epochs"] == 3
+    _, straight = train(TrainConfig(**{**small, "epochs": 3}, out=tmp_path / "three", quiet=True))
+    assert_same_end(path, straight)
+
+
+def test_a_finished_run_has_nothing_left_to_do(whole: Path) -> None:
+    before = numbers(whole)
+    summary, _ = resume(whole, quiet=True)
+    assert summary["status"] == "finished"
+    assert numbers(whole) == before
+
+
+def damage_config(path: Path, **changes: Any) -> None:
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**values, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no folder", "checkpoint.pt: expected a checkpoint, got no such file"),
+        ("checkpoint", "checkpoint.pt: not a readable checkpoint: "),
+        ("no config", "config.json: not a readable configuration: "),
+        ("config", "config.json: not a readable configuration: "),
+        ("unknown option", "config.json: not the configuration of this version of ep-train"),
+        ("missing option", "config.json: not the configuration of this version of ep-train"),
+        ("wrong type", "config.json: not a configuration of ep-train: "),
+        ("wrong value", "argument 'beta': expected a finite number > 0, got -1"),
+        ("other model", "the checkpoint does not fit config.json: "),
+        ("metrics", "metrics.jsonl, line 1: not JSON"),
+    ],
+)
+def test_what_is_damaged_is_named(what: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = TrainConfig(model="4p", train_limit=20, test_limit=10, batch_size=10, epochs=2, quiet=True)
+    _, path = train(replace(small, out=tmp_path / "run"))
+    config = path / "config.json"
+    if what == "no folder":
+        path = tmp_path / "elsewhere"
+    elif what == "checkpoint":
+        (path / "checkpoint.pt").write_bytes(b"PK\x03\x04 torn")
+    elif what == "no config":
+        config.unlink()
+    elif what == "config":
+        config.write_text(config.read_text()[:40])
+    elif what == "missing option":
+        config.write_text("{}")
+    elif what == "metrics":
+        (path / "metrics.jsonl").write_text("torn\n{}\n")
+    else:
+        changes = {"unknown option": {"colour": 1}, "wrong type": {"lr": "fast"}, "wrong value": {"beta": -1}}
+        damage_config(path, **changes.get(what, {"model": "4p-4"}))
+    assert cli.main(["resume", str(path), "--quiet"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("ep-train: ")
+    assert message in error
+    assert "Traceback" not in error
