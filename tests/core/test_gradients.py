@@ -28,7 +28,7 @@ from ep_kernels import (
     solver,
 )
 from ep_train.bptt import bptt_gradients, loss_at
-from tests.core.nets import NETWORKS, Problem, cosine, problem
+from tests.core.nets import BACKENDS, NETWORKS, Problem, cosine, problem
 
 CONVERGED = RelaxConfig(free_steps=400, nudged_steps=400, tol=1e-14, over_relaxation=1.0, beta=1e-3)
 ESTIMATORS = ("symmetric", "positive", "negative", "tangent")
@@ -155,20 +155,21 @@ def smooth() -> Problem:
     return problem(net, batch=4, gain=0.4, bias=0.4, bias_spread=0.02)
 
 
-def error(p: Problem, want: Parameters, config: RelaxConfig) -> float:
-    got, equilibrium = ep_gradients(p.network, p.parameters, p.x, p.targets, config)
+def error(p: Problem, want: Parameters, config: RelaxConfig, backend: str) -> float:
+    got, equilibrium = ep_gradients(p.network, p.parameters, p.x, p.targets, config, backend=backend)
     assert all(bool(((s > 0) & (s < 1)).all()) for s in equilibrium.states[1:])
     pairs = zip(got.named().values(), want.named().values(), strict=True)
     return max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["delta", "states"])
 @pytest.mark.parametrize(("estimator", "order"), [("symmetric", 2), ("positive", 1), ("negative", 1)])
-def test_order_of_the_error_in_beta(estimator: Any, order: int, form: Any) -> None:
+def test_order_of_the_error_in_beta(estimator: Any, order: int, form: Any, backend: str) -> None:
     p = smooth()
     want, _ = truth(p)
-    base = replace(CONVERGED, estimator=estimator, form=form)
-    errors = [error(p, want, replace(base, beta=beta)) for beta in (0.4, 0.2, 0.1)]
+    base = replace(CONVERGED, estimator=estimator, form=form, tol=1e-12)
+    errors = [error(p, want, replace(base, beta=beta), backend) for beta in (0.4, 0.2, 0.1)]
     slopes = [math.log2(a / b) for a, b in pairwise(errors)]
     assert slopes == pytest.approx([order] * 2, abs=0.15), (errors, slopes)
     assert errors[-1] > 1e-7
@@ -206,18 +207,19 @@ def test_forms_and_schedules_find_the_same_gradient(name: str, schedule: Any) ->
             assert float((got.named()[key] - theirs).norm()) <= 1e-8 * float(theirs.norm()), (key, form)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("estimator", ["symmetric", "tangent"])
-def test_scales_change_nothing(estimator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scales_change_nothing(estimator: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Powers of two are exact; float64 has room enough to do without."""
     p = problem(NETWORKS["skips, max"])
     config = RelaxConfig(free_steps=3, nudged_steps=4, estimator=estimator)
-    want, _ = ep_gradients(p.network, p.parameters, p.x, p.targets, config)
-    found = free_phase(p.network, p.parameters, p.x, config, keep=True)
-    before = nudged_phase(p.network, p.parameters, found, p.targets, config)
+    want, _ = ep_gradients(p.network, p.parameters, p.x, p.targets, config, backend=backend)
+    found = free_phase(p.network, p.parameters, p.x, config, keep=True, backend=backend)
+    before = nudged_phase(p.network, p.parameters, found, p.targets, config, backend=backend)
     assert before.scales == solver.delta_scales(p.network, 1.0 if estimator == "tangent" else config.beta)
     monkeypatch.setattr(solver, "delta_scales", lambda network, beta: [1.0] * len(network.shapes))
-    got, _ = ep_gradients(p.network, p.parameters, p.x, p.targets, config)
-    after = nudged_phase(p.network, p.parameters, found, p.targets, config)
+    got, _ = ep_gradients(p.network, p.parameters, p.x, p.targets, config, backend=backend)
+    after = nudged_phase(p.network, p.parameters, found, p.targets, config, backend=backend)
     torch.testing.assert_close(before.trace, after.trace, rtol=1e-9, atol=0)  # in the states' units
     for key, theirs in want.named().items():
         torch.testing.assert_close(got.named()[key], theirs, rtol=1e-9, atol=1e-12 * float(theirs.abs().max()))
@@ -256,14 +258,15 @@ def test_an_extra_nudge_adds_a_linear_loss() -> None:
         assert_along(without, slopes, 1e-3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_an_extra_nudge_equals_the_head_that_it_stands_for(estimator: Any) -> None:
+def test_an_extra_nudge_equals_the_head_that_it_stands_for(estimator: Any, backend: str) -> None:
     """With linear nudges, a local head and its gradient at the equilibrium given as ``extra`` are the same."""
     full = NETWORKS["slope 1/2, local heads"]
     p = problem(full)
     bare = replace(full, local_heads=())
     config = RelaxConfig(free_steps=6, nudged_steps=5, linear_nudge=True, estimator=estimator)
-    want, equilibrium = ep_gradients(full, p.parameters, p.x, p.targets, config)
+    want, equilibrium = ep_gradients(full, p.parameters, p.x, p.targets, config, backend=backend)
     extra: dict[int, Tensor] = {}
     for h, head in enumerate(full.local_heads, 1):
         weight, bias = p.parameters.head_weights[h], p.parameters.head_biases[h]
@@ -271,7 +274,7 @@ def test_an_extra_nudge_equals_the_head_that_it_stands_for(estimator: Any) -> No
     less = Parameters(
         p.parameters.weights, p.parameters.biases, p.parameters.head_weights[:1], p.parameters.head_biases[:1]
     )
-    got, _ = ep_gradients(bare, less, p.x, p.targets[:1], config, extra=extra)
+    got, _ = ep_gradients(bare, less, p.x, p.targets[:1], config, extra=extra, backend=backend)
     for key, ours in got.named().items():
         torch.testing.assert_close(ours, want.named()[key], rtol=1e-10, atol=1e-13, msg=key)
 

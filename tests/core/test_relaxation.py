@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -87,6 +88,50 @@ def test_classical_form_is_classical_ep(name: str, backend: str) -> None:
         phi = primitive(p.network, plus, named) - primitive(p.network, minus, named)
         for key, g in zip(named, torch.autograd.grad(phi, list(named.values())), strict=True):
             torch.testing.assert_close(got[key], -g / (2 * 0.5 * len(p.x)), rtol=1e-9, atol=1e-10, msg=key)
+
+
+# --- both backends ---------------------------------------------------------------------------------------------------
+
+SETTINGS: list[dict[str, Any]] = [
+    {"schedule": schedule, **options}
+    for schedule in SCHEDULES
+    for options in (
+        {},
+        {"estimator": "tangent"},
+        {"estimator": "negative", "linear_nudge": True},
+        {"form": "states", "estimator": "positive"},
+        {"form": "states", "winners": "live", "damping": 0.7},
+        {"tol": 0.05, "over_relaxation": 1.3, "beta": 0.5},
+    )
+]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_backends_agree(name: str) -> None:
+    p = problem(NETWORKS[name], seed=8)
+    extra = {1: torch.full_like(p.states()[1], 0.01)}
+    for settings in SETTINGS:
+        config = RelaxConfig(**{"free_steps": 5, "nudged_steps": 4, "beta": 0.1} | settings)
+        found, nudged, gradients = [], [], []
+        for backend in BACKENDS:
+            found.append(free_phase(p.network, p.parameters, p.x, config, keep=True, backend=backend))
+            nudged.append(
+                nudged_phase(p.network, p.parameters, found[-1], p.targets, config, extra=extra, backend=backend)
+            )
+            gradients.append(
+                contrast_gradients(p.network, p.parameters, found[-1], nudged[-1], p.targets, backend=backend).named()
+            )
+        close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11, msg=f"{settings}")
+        close(found[0].states, found[1].states)
+        close(found[0].trace, found[1].trace)
+        close(found[0].preactivations[1:], found[1].preactivations[1:])
+        assert found[0].winners.keys() == found[1].winners.keys()
+        assert all(torch.equal(found[0].winners[c], found[1].winners[c]) for c in found[0].winners)
+        close(nudged[0].deltas[1:], nudged[1].deltas[1:])
+        close(nudged[0].trace, nudged[1].trace)
+        assert nudged[0].winners.keys() == nudged[1].winners.keys()
+        close(gradients[0], gradients[1])
+        assert all(bool(g.any()) for g in gradients[0].values()) or settings["schedule"] == "sync"
 
 
 # --- winners ----------------------------------------------------------------------------------------------------------
