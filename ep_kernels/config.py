@@ -29,10 +29,12 @@ class RelaxConfig:
         linear_nudge: evaluate the nudge once, at the free equilibrium, instead of at every update.
         damping: eta in (0, 1].
         over_relaxation: omega in [1, 2): free sweeps after the first move every state omega times as far, within the
-            box. The energy still cannot rise (successive over-relaxation, Young 1954); around 1.1 a free phase of few
-            sweeps ends about three times closer to its equilibrium (docs/decisions.md). Without
-            effect when damping is below 1, and in ``sync``, which it would make oscillate.
-        tol: stop when the residual of every sample is at most this; 0 never stops early.
+            box. The energy still cannot rise (successive over-relaxation, Young 1954), and a free phase of few sweeps
+            ends several times closer to its equilibrium. None takes Young's optimum for the couplings that random
+            networks have, ``2 / (1 + sqrt(1 - 5 k))``, at most 1.25 (docs/decisions.md). Without effect when damping is
+            below 1, and in ``sync``, which it would make oscillate.
+        tol: stop the free phase when the residual of every sample is at most this; 0 never stops early. The nudged
+            phases always run ``nudged_steps`` sweeps: a delta is small long before it has reached the lowest layer.
         operands: dtype of the convolutions' operands: None (the states' own) or torch.bfloat16.
 
     Raises:
@@ -42,13 +44,13 @@ class RelaxConfig:
     schedule: Schedule = "sweep"
     free_steps: int = 4
     nudged_steps: int = 3
-    beta: float = 0.05
+    beta: float = 0.01
     estimator: Estimator = "symmetric"
     form: Literal["states", "delta"] = "delta"
     winners: Winners = "frozen"
     linear_nudge: bool = False
     damping: float = 1.0
-    over_relaxation: float = 1.15
+    over_relaxation: float | None = None
     tol: float = 0.0
     operands: torch.dtype | None = None
 
@@ -68,7 +70,11 @@ class RelaxConfig:
             ("nudged_steps", isinstance(self.nudged_steps, int) and self.nudged_steps >= 1, "an integer >= 1"),
             ("beta", math.isfinite(self.beta) and self.beta > 0, "a finite number > 0"),
             ("damping", math.isfinite(self.damping) and 0 < self.damping <= 1, "a number in (0, 1]"),
-            ("over_relaxation", 1 <= self.over_relaxation < 2, "a number in [1, 2)"),
+            (
+                "over_relaxation",
+                self.over_relaxation is None or 1 <= self.over_relaxation < 2,
+                "a number in [1, 2)",
+            ),
             ("tol", math.isfinite(self.tol) and self.tol >= 0, "a finite number >= 0"),
         ):
             if not ok:
@@ -79,10 +85,13 @@ class RelaxConfig:
                 "(deltas are relative to the free winners), got 'live'"
             )
 
-    @property
-    def free_damping(self) -> float:
-        """eta of the free phase: over-relaxed where that is safe."""
-        return self.over_relaxation if self.damping == 1 and self.schedule != "sync" else self.damping
+    def free_damping(self, feedback_gain: float) -> float:
+        """eta of the free sweeps after the first: over-relaxed where that is safe."""
+        if self.damping != 1 or self.schedule == "sync":
+            return self.damping
+        if self.over_relaxation is not None:
+            return self.over_relaxation
+        return min(2 / (1 + math.sqrt(max(1 - 5 * feedback_gain, 0.0))), 1.25)
 
     @property
     def nudge_form(self) -> Form:

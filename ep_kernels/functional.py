@@ -247,11 +247,11 @@ def _reference_step(
     elif form == "delta":
         assert preactivation is not None
         target = reference.delta_clip(tile(preactivation), slope * a, lo, hi, scale)
-        new = (1 - damping) * state + damping * target
+        new = reference.damp(state, target, damping)
     else:
         assert preactivation is not None
         target = reference.tangent_clip(tile(preactivation), slope * a, lo, hi)
-        new = (1 - damping) * state + damping * target
+        new = reference.damp(state, target, damping)
     change = (new - state).abs().flatten(1)
     residual = change.amax(1) / scale if change.numel() else change.new_zeros(batch)
     return new, residual, slope * a

@@ -44,6 +44,14 @@ ENVIRONMENT = (
 )
 
 
+def _isa() -> str:
+    """Instruction set of the kernels, or why EP_KERNELS_ISA is refused."""
+    try:
+        return ISAS[torch.ops.ep_kernels.cpu_isa()]
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+
+
 def collect() -> dict[str, Any]:
     """Everything that the module prints, as one JSON-ready object (keys: see the module's docstring)."""
     error = _library.load_error()
@@ -58,7 +66,7 @@ def collect() -> dict[str, Any]:
         "cpu": {
             "model": _cpu_model(),
             "capability": torch.backends.cpu.get_cpu_capability(),
-            "kernels": None if error else ISAS[torch.ops.ep_kernels.cpu_isa()],
+            "kernels": None if error else _isa(),
             "threads": torch.get_num_threads(),
         },
         "devices": _devices(),

@@ -48,7 +48,7 @@ class Connection:
                 ("stride", self.stride, 1),
                 ("padding", self.padding, 0),
             ):
-                ok = len(pair) == 2 and all(isinstance(v, int) and v >= least for v in pair)
+                ok = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(v, int) and v >= least for v in pair)
                 _require(ok, "Connection", name, f"two integers >= {least}", repr(pair))
 
     def map_size(self, height: int, width: int) -> tuple[int, int]:
@@ -150,6 +150,9 @@ class Network:
     hi: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("shapes", "connections", "local_heads"):  # lists are taken too; a Network must be hashable
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "shapes", tuple(tuple(shape) for shape in self.shapes))
         _require(len(self.shapes) >= 2, "Network", "shapes", "the input and at least one node", repr(self.shapes))
         for i, shape in enumerate(self.shapes):
             ok = len(shape) in (1, 3) and all(isinstance(v, int) and v > 0 for v in shape)
@@ -165,6 +168,9 @@ class Network:
             self._check_geometry(c, conn)
         for i in range(1, len(self.shapes)):
             _require(bool(self.into[i]), "Network", "connections", f"one into every node; node {i} has", "none")
+        reach = (self.top - 1) * math.log10(k)
+        expected = "k^(levels - 1) >= 1e-30 (float32 holds no smaller deltas)"
+        _require(reach >= -30, "Network", "feedback_gain", expected, f"{k} with {self.top} levels")
         for h, head in enumerate(self.heads):
             ok = 1 <= head.node < len(self.shapes)
             _require(ok, "Network", f"heads[{h}].node", f"1 to {len(self.shapes) - 1}", str(head.node))

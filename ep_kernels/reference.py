@@ -152,8 +152,13 @@ def energy(net: Network, states: Sequence[Tensor], weights: Sequence[Tensor], bi
 
 def update(state: Tensor, a: Tensor, damping: float, slope: float, lo: float, hi: float) -> Tensor:
     """``(1 - eta) s + eta clip(gamma a, lo, hi)``; eta is ``damping``. For eta > 1 it is clipped once more."""
-    new = (1 - damping) * state + damping * (slope * a).clamp(lo, hi)
+    new = damp(state, (slope * a).clamp(lo, hi), damping)
     return new.clamp(lo, hi) if damping > 1 else new
+
+
+def damp(state: Tensor, target: Tensor, damping: float) -> Tensor:
+    """``(1 - eta) s + eta target``; at eta = 1 the target itself, whatever the state was."""
+    return target if damping == 1 else (1 - damping) * state + damping * target
 
 
 def delta_clip(pre: Tensor, increment: Tensor, lo: float, hi: float, scale: float = 1.0) -> Tensor:
@@ -257,37 +262,39 @@ def contrast(
     Returns:
         Gradient of the weight, in ``weight_shape``, and of the bias, [C] or [F]. Sums over the batch.
     """
-    diff_t, mean_t = _difference_and_mean(target, target_delta, target_gain, centre)
+    diff_t, mean_t = _difference_and_mean(target, target_delta, target_gain, centre, scale)
     if source_delta is None:
         diff_s, mean_s = None, source
     else:
-        diff_s, mean_s = _difference_and_mean(source, source_delta, source_gain, centre)
+        diff_s, mean_s = _difference_and_mean(source, source_delta, source_gain, centre, scale)
     if len(weight_shape) == 2:
         weight = diff_t.t() @ mean_s.flatten(1)
         if diff_s is not None:
             weight = weight + mean_t.t() @ diff_s.flatten(1)
-        return scale * weight, scale * diff_t.sum(0)
+        return weight, diff_t.sum(0)
     size = [
         (n + 2 * p - k) // s + 1 for n, k, s, p in zip(source.shape[2:], weight_shape[2:], stride, padding, strict=True)
     ]
 
     if winners is not None and winners.shape[0] == 2 * target.shape[0]:
         plus, minus = (
-            unpool_map(mean_t + sign * diff_t / 2, pool, size, won)
+            unpool_map(mean_t + sign * diff_t / (2 * scale), pool, size, won)
             for sign, won in zip((1, -1), winners.chunk(2), strict=True)
         )
-        up_diff, up_mean = plus - minus, (plus + minus) / 2
+        up_diff, up_mean = scale * (plus - minus), (plus + minus) / 2
     else:
         up_diff, up_mean = (unpool_map(t, pool, size, winners) for t in (diff_t, mean_t))
     weight = convolve_weight(up_diff, mean_s, weight_shape, stride, padding)
     if diff_s is not None:
         weight = weight + convolve_weight(up_mean, diff_s, weight_shape, stride, padding)
-    return scale * weight, scale * diff_t.sum((0, 2, 3))
+    return weight, diff_t.sum((0, 2, 3))
 
 
-def _difference_and_mean(free: Tensor, delta: Tensor, gain: float, centre: float) -> tuple[Tensor, Tensor]:
-    delta = gain * delta
+def _difference_and_mean(
+    free: Tensor, delta: Tensor, gain: float, centre: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """``scale d`` and ``m``. Gains may be tiny and the scale huge: their products are formed first, in double."""
     if delta.shape[0] == free.shape[0]:
-        return delta, free + centre * delta
+        return scale * gain * delta, free + centre * gain * delta
     plus, minus = delta.chunk(2)
-    return plus - minus, free + centre * (plus + minus)
+    return scale * gain * (plus - minus), free + centre * gain * (plus + minus)

@@ -214,7 +214,7 @@ class _Run:
                 target = reference.delta_clip(pre, net.slope * a, net.lo, net.hi, r.scales[node])
             else:
                 target = reference.tangent_clip(pre, net.slope * a, net.lo, net.hi)
-            new = (1 - r.damping) * old + r.damping * target
+            new = reference.damp(old, target, r.damping)
         self.pre[node] = net.slope * a
         change = (new - old).abs().flatten(1).amax(1) / r.scales[node]
         self.change = torch.maximum(self.change, change)

@@ -24,7 +24,8 @@ class Equilibrium:
     Attributes:
         states: per node, [B, ...]; index 0 is the clamped input.
         preactivations: per node, gamma a of its last update ([] when not kept).
-        drives, winners: kept by connection, for the nudged phases.
+        drives, winners: by connection: drives that are those of the final states, winners of the last ones computed
+            (those of the final states if kept).
         residual: [B], max over units of |s_{t+1} - s_t| in the last sweep that ran.
         trace: [steps, B], the residual of every sweep.
         steps: sweeps that ran.
@@ -61,6 +62,7 @@ class Nudged:
     winners: dict[int, Tensor]
 
 
+@torch.no_grad()
 def free_phase(
     network: Network,
     parameters: Parameters,
@@ -103,7 +105,7 @@ def free_phase(
             feedback_gains=[network.feedback_coefficient(c) for c in range(count)],
             nudge_gains=[0.0] * nodes,
             scales=[1.0] * nodes,
-            damping=config.free_damping,
+            damping=config.free_damping(network.feedback_gain),
             tol=config.tol,
             operands=config.operands,
             keep=keep,
@@ -117,7 +119,7 @@ def free_phase(
     return Equilibrium(
         final,
         relaxed.preactivations,
-        relaxed.drives,
+        _valid_drives(network, config, relaxed.drives, keep),
         relaxed.winners,
         residual,
         relaxed.residual[:steps],
@@ -126,6 +128,7 @@ def free_phase(
     )
 
 
+@torch.no_grad()
 def nudged_phase(
     network: Network,
     parameters: Parameters,
@@ -163,7 +166,7 @@ def nudged_phase(
         winners=config.winners,
         linear_nudge=config.linear_nudge,
         warm=form == "states",
-        kept=frozenset(_valid_drives(network, config, equilibrium)) if form == "states" else frozenset(),
+        kept=frozenset(equilibrium.drives) if form == "states" else frozenset(),
         extra=frozenset(extra),
         steps=config.nudged_steps,
     )
@@ -198,7 +201,6 @@ def nudged_phase(
             targets=targets,
             extra=extra,
             damping=config.damping,
-            tol=config.tol,
             form=form,
             frozen=config.winners == "frozen",
             phases=phases,
@@ -215,6 +217,7 @@ def nudged_phase(
     return Nudged(deltas, scales, phases, beta, centre, relaxed.residual, relaxed.winners)
 
 
+@torch.no_grad()
 def contrast_gradients(
     network: Network,
     parameters: Parameters,
@@ -283,7 +286,14 @@ def readout(network: Network, parameters: Parameters, equilibrium: Equilibrium, 
 
 
 def targets_for(network: Network, labels: Tensor, classes: int, dtype: torch.dtype) -> list[Tensor]:
-    """One-hot targets of every head from integer labels [B]."""
+    """One-hot targets of every head from integer labels [B] in 0 .. classes - 1.
+
+    Raises:
+        ValueError: a label out of range.
+    """
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        got = f"{int(labels.min())} to {int(labels.max())}"
+        raise ValueError(f"targets_for: argument 'labels': expected 0 to {classes - 1} (classes), got {got}")
     one_hot = torch.nn.functional.one_hot(labels, classes).to(dtype)
     return [one_hot] * len(network.heads)
 
@@ -292,17 +302,19 @@ def delta_scales(network: Network, beta: float) -> list[float]:
     """Power-of-two scale of each node's delta: about 1 / (beta k^(N-l)), so that a scaled delta is of order 1."""
     scales = [1.0]
     for i in range(1, len(network.shapes)):
-        exponent = round(-math.log2(abs(beta) * network.nudge_coefficient(i)))
+        depth = network.top - network.levels[i]
+        exponent = round(-math.log2(abs(beta)) - depth * math.log2(network.feedback_gain))
         scales.append(math.ldexp(1.0, min(max(exponent, -100), 100)))
     return scales
 
 
-def _valid_drives(network: Network, config: RelaxConfig, equilibrium: Equilibrium) -> set[int]:
-    """Kept drives that are still those of the equilibrium: the clamped input's, and in bottom-up sweeps all."""
+def _valid_drives(network: Network, config: RelaxConfig, drives: dict[int, Tensor], keep: bool) -> dict[int, Tensor]:
+    """Those that are of the final states: the clamped input's; refreshed ones; after bottom-up sweeps all."""
     if config.schedule == "sweep":
-        return set(equilibrium.drives)
-    refreshed = {c for c in equilibrium.drives if network.connections[c].pool == "max"}
-    return refreshed | {c for c in equilibrium.drives if network.connections[c].src == 0}
+        return drives
+    pools = {"max"} if keep else set()
+    conns = network.connections
+    return {c: t for c, t in drives.items() if conns[c].src == 0 or conns[c].pool in pools}
 
 
 def _contrast_winners(equilibrium: Equilibrium, nudged: Nudged, c: int) -> Tensor | None:
@@ -362,23 +374,32 @@ def _check_input(network: Network, parameters: Parameters, x: Tensor) -> None:
         )
     if not x.dtype.is_floating_point:
         raise ValueError(f"free_phase: argument 'x': expected a floating-point dtype, got {x.dtype}")
-    for name, tensor in parameters.named().items():
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            raise ValueError(
-                f"free_phase: parameter '{name}': expected {x.dtype} on {x.device} (as 'x'), "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
+    named, shapes = parameters.named(), Parameters.shapes(network)
+    if named.keys() != shapes.keys():
+        odd = ", ".join(sorted(named.keys() ^ shapes.keys()))
+        raise ValueError(f"free_phase: argument 'parameters': expected those of the network, got a difference in {odd}")
+    for name, tensor in named.items():
+        _check_tensor("free_phase", f"parameters: {name}", tensor, shapes[name], x)
 
 
 def _check_states(network: Network, states: Sequence[Tensor | None], x: Tensor) -> None:
     if len(states) != len(network.shapes):
         raise ValueError(f"free_phase: argument 'states': expected {len(network.shapes)} entries, got {len(states)}")
     for i, (state, shape) in enumerate(zip(states, network.shapes, strict=True)):
-        if i and (state is None or tuple(state.shape) != (x.shape[0], *shape)):
-            got = "None" if state is None else str(list(state.shape))
-            raise ValueError(
-                f"free_phase: argument 'states[{i}]': expected shape [{x.shape[0]}, {_list(shape)}], got {got}"
-            )
+        if i:
+            _check_tensor("free_phase", f"states[{i}]", state, (x.shape[0], *shape), x)
+
+
+def _check_tensor(fn: str, name: str, tensor: Tensor | None, shape: Shape, like: Tensor) -> None:
+    """Raise ValueError unless the tensor has this shape, and the dtype and device of ``like``."""
+    if tensor is None or tuple(tensor.shape) != tuple(shape):
+        got = None if tensor is None else list(tensor.shape)
+        raise ValueError(f"{fn}: argument '{name}': expected shape {list(shape)}, got {got}")
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise ValueError(
+            f"{fn}: argument '{name}': expected {like.dtype} on {like.device} (as 'x'), "
+            f"got {tensor.dtype} on {tensor.device}"
+        )
 
 
 def _check_targets(
@@ -388,17 +409,14 @@ def _check_targets(
         raise ValueError(
             f"nudged_phase: argument 'targets': expected {len(network.heads)} (one per head), got {len(targets)}"
         )
-    batch = states[0].shape[0]
+    x = states[0]
     for h, (head, target) in enumerate(zip(network.heads, targets, strict=True)):
-        shape = (batch, *head.output_shape(network.shapes[head.node]))
-        if tuple(target.shape) != shape:
-            raise ValueError(
-                f"nudged_phase: argument 'targets[{h}]': expected shape {list(shape)}, got {list(target.shape)}"
-            )
+        shape = (x.shape[0], *head.output_shape(network.shapes[head.node]))
+        _check_tensor("nudged_phase", f"targets[{h}]", target, shape, x)
     for node, tensor in extra.items():
-        if not 1 <= node < len(states) or tensor.shape != states[node].shape:
-            expected = f"shape {list(states[node].shape)}" if 1 <= node < len(states) else "a node of the network"
-            raise ValueError(f"nudged_phase: argument 'extra[{node}]': expected {expected}, got {list(tensor.shape)}")
+        if not 1 <= node < len(states):
+            raise ValueError(f"nudged_phase: argument 'extra': expected nodes 1 to {len(states) - 1}, got {node}")
+        _check_tensor("nudged_phase", f"extra[{node}]", tensor, tuple(states[node].shape), x)
 
 
 def _list(shape: Shape) -> str:

@@ -40,10 +40,11 @@ void difference_and_mean(const Tensor& free, const Tensor& delta, double gain, d
   T* diff = mutable_data<T>(difference);
   T* m = mean ? mutable_data<T>(*mean) : nullptr;
   std::vector<T> partial(sums ? batch * channels : 0);
+  // gains may be tiny and the scale huge: their products are formed in double
+  const T difference_gain = static_cast<T>(difference_scale * gain), mean_gain = static_cast<T>(centre * gain);
   const auto& pass = passes<T>();
   for_each_row(batch, 1, size, [&](int64_t n, int64_t, int64_t) {
-    const Contrast<T> a{f + n * size,         d + n * size,           two ? d + (batch + n) * size : nullptr,
-                        static_cast<T>(gain), static_cast<T>(centre), static_cast<T>(difference_scale)};
+    const Contrast<T> a{f + n * size, d + n * size, two ? d + (batch + n) * size : nullptr, difference_gain, mean_gain};
     pass.contrast(a, size, channels, diff + n * size, m ? m + n * size : nullptr,
                   sums ? partial.data() + n * channels : nullptr);
   });

@@ -186,19 +186,19 @@ void unpool(const Windows& w, const T* pooled, const uint8_t* winners, T* map, i
 
 template <typename T>
 void contrast(const Contrast<T>& a, int64_t size, int64_t channels, T* difference, T* mean, T* sums) {
-  const T gain = a.gain, centre = a.centre, scale = a.difference_scale;
+  const T difference_gain = a.difference_gain, mean_gain = a.mean_gain;
   for (int64_t at = 0; at < size; at += channels) {
     const T* free = a.free + at;
     const T* plus = a.plus + at;
     const T* minus = a.minus ? a.minus + at : nullptr;
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
-      const T p = gain * plus[c];
-      const T m = minus ? gain * minus[c] : T(0);
-      const T d = scale * (p - m);
+      const T p = plus[c];
+      const T m = minus ? minus[c] : T(0);
+      const T d = difference_gain * (p - m);
       if (sums) sums[c] += d;
       if (difference) difference[at + c] = d;
-      if (mean) mean[at + c] = free[c] + centre * (p + m);
+      if (mean) mean[at + c] = free[c] + mean_gain * (p + m);
     }
   }
 }

@@ -9,7 +9,7 @@
 
 namespace ep::cpu {
 
-// One summand of a pre-activation: gain * data[n % batch] (+ for the second phase when `antisymmetric`: - gain).
+// One summand of a pre-activation: gain * data[n % batch]; samples of the second phase take second_gain.
 template <typename T>
 struct Term {
   const T* data;
@@ -50,10 +50,9 @@ template <typename T>
 struct Contrast {
   const T* free;
   const T* plus;
-  const T* minus;  // null: one phase
-  T gain;          // of the deltas, to states' units
-  T centre;
-  T difference_scale;  // applied to the stored difference
+  const T* minus;     // null: one phase
+  T difference_gain;  // difference_gain * (plus - minus) is stored as the difference,
+  T mean_gain;        // free + mean_gain * (plus + minus) as the mean
 };
 
 // Instruction-set table. T is float or double.

@@ -6,6 +6,7 @@
 #include "ep/check.h"
 #include "head.h"
 #include "ops.h"
+#include "parallel.h"
 #include "program.h"
 #include "step.h"
 
@@ -173,10 +174,12 @@ class Run {
       using T = decltype(zero);
       T* out = mutable_data<T>(to);
       const T* in = data<T>(from);
-      const int64_t size = from.numel(), total = to.numel();
-      for (int64_t at = 0; at < total; at += size) {
-        for (int64_t i = 0; i < size; ++i) out[at + i] += static_cast<T>(gain) * in[i];
-      }
+      const int64_t batch = to.size(0), given = from.size(0), size = to.numel() / batch;
+      const T factor = static_cast<T>(gain);
+      for_each_row(batch, 1, size, [&](int64_t n, int64_t, int64_t) {
+        const T* row = in + (n % given) * size;
+        for (int64_t i = 0; i < size; ++i) out[n * size + i] += factor * row[i];
+      });
       return 0;
     });
   }

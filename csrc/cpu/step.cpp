@@ -54,7 +54,7 @@ void run(const std::vector<Summand>& summands, const Tensor* bias, const Tensor*
   const int64_t chunks = (size + chunk - 1) / chunk;
   std::vector<T> change(batch * chunks);
   const auto& pass = passes<T>();
-  for_each_row(batch, chunks, chunk, [&](int64_t n, int64_t begin, int64_t end) {
+  for_each_row(batch, chunks, std::min(size, chunk), [&](int64_t n, int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       change[n * chunks + c] = pass.step(a, n, c * chunk, std::min(size, (c + 1) * chunk));
     }

@@ -84,13 +84,15 @@ def bptt_gradients(
 
     Args:
         steps: sweeps that are unrolled and differentiated.
-        free_steps: sweeps run without a graph before them; default ``config.free_steps - steps`` (at least 0).
+        free_steps: sweeps run without a graph before them; by default as many as make ``config.free_steps`` in all.
         states: where the relaxation starts; default zero.
 
     Returns:
         Gradients (parameters that the loss does not reach get zeros), the final states and the loss.
     """
-    before = max(config.free_steps - steps, 0) if free_steps is None else free_steps
+    if free_steps is None:
+        steps = min(steps, config.free_steps)
+    before = config.free_steps - steps if free_steps is None else free_steps
     start = [x, *(x.new_zeros(x.shape[0], *shape) for shape in network.shapes[1:])] if states is None else list(states)
     if before:
         with torch.no_grad():
@@ -100,10 +102,11 @@ def bptt_gradients(
     leaves = Parameters.from_named(network, named)
     with torch.enable_grad():
         kept: Kept = {}
+        omega = config.free_damping(network.feedback_gain)
         now = list(start)
         for t in range(steps):
             first = t == 0 and not before  # a relaxation's first sweep is never over-relaxed
-            damping = min(config.free_damping, 1.0) if first else config.free_damping
+            damping = min(omega, 1.0) if first else omega
             now = free_sweep(network, leaves, now, config, damping, kept)
         loss = loss_at(network, leaves, now, targets)
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)

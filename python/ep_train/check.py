@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from ep_kernels import Network, Parameters, RelaxConfig
 
 from .bptt import bptt_gradients
 from .models import build_network, initial_parameters
+from .run_folder import to_json
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class CheckConfig:
     """T."""
     nudged_steps: int = 3
     """K."""
-    beta: float = 0.05
+    beta: float = RelaxConfig.beta
     """Nudging strength."""
-    over_relaxation: float = RelaxConfig.over_relaxation
-    """omega of the free sweeps."""
+    over_relaxation: float | None = None
+    """omega of the free sweeps (default: by the feedback gain)."""
     estimator: Literal["symmetric", "positive", "negative", "tangent"] = "symmetric"
     """Which phases are contrasted."""
     schedule: Literal["sweep", "even_odd", "sync"] = "sweep"
@@ -82,7 +83,7 @@ class Check:
     layers: list[LayerCheck]
     smallest: float
     residual: float
-    true_residual: float = field(default=0.0)
+    true_residual: float
 
 
 def true_gradients(
@@ -189,7 +190,7 @@ def run_check(config: CheckConfig) -> int:
     }
     report = {name: _summary(checks) for name, checks in results.items()}
     if config.json:
-        print(json.dumps({"config": _plain(config), "results": report}, indent=2))
+        print(json.dumps(to_json({"config": _plain(config), "results": report}), indent=2, allow_nan=False))
     else:
         print(_table(config, report))
     if config.out is not None:

@@ -60,7 +60,7 @@ class TrainConfig:
     """T: sweeps of the free phase."""
     nudged_steps: int = 3
     """K: sweeps of the nudged phases."""
-    beta: float = 0.05
+    beta: float = RelaxConfig.beta
     """Nudging strength."""
     estimator: Estimator = "symmetric"
     """Which phases are contrasted: symmetric (+beta and -beta), positive, negative, random_sign (one of the two per
@@ -73,8 +73,9 @@ class TrainConfig:
     """Evaluate the nudge once per phase instead of at every update."""
     damping: float = 1.0
     """eta in (0, 1]: 1 moves a state all the way."""
-    over_relaxation: float = RelaxConfig.over_relaxation
-    """omega in [1, 2): free sweeps after the first move every state this many times as far (not with sync)."""
+    over_relaxation: float | None = None
+    """omega in [1, 2): free sweeps after the first move every state this many times as far (not with sync).
+    Default: by the feedback gain, 1.17 at 0.1."""
     tol: float = 0.0
     """Stop a relaxation early when every residual is at most this (0: never)."""
 

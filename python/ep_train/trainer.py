@@ -66,6 +66,7 @@ class Trainer:
             DataError, ValueError: the data cannot be read, or an argument does not fit it.
         """
         self.config = config
+        backends.choose(name=config.backend)  # one that cannot run is refused before anything is written
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if dataset is None:
@@ -162,6 +163,12 @@ class Trainer:
             row["residual"] = done.residual_sum / done.seen
         return row
 
+    def check_weights(self) -> None:
+        """Raise before a checkpoint of broken weights replaces a good one."""
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise Diverged(f"'{name}' is no longer finite after epoch {self.epoch}: lower --lr or --feedback-gain")
+
     def evaluate(self) -> float:
         """Accuracy on the test images, at the free equilibrium."""
         correct = 0
@@ -190,6 +197,7 @@ class Trainer:
             try:
                 while self.epoch < self.config.epochs:
                     row = self.train_epoch(progress)
+                    self.check_weights()
                     row["test_accuracy"] = self.evaluate()
                     progress.end_epoch(row)
                     self.rows.append(row)
@@ -200,7 +208,9 @@ class Trainer:
                 if isinstance(error, Stopped):  # between two batches: the weights are whole
                     checkpoint.save(folder.path, self.state())
                 where = f"{self.epoch} of {self.config.epochs} epochs and {self.partial.batches} batches"
-                progress.note(f"stopped after {where}; continue with: ep-train resume {folder.path}")
+                resumable = (folder.path / checkpoint.NAME).exists()
+                then = f"continue with: ep-train resume {folder.path}" if resumable else "nothing was kept"
+                progress.note(f"stopped after {where}; {then}")
             except Diverged as error:
                 status, failure = "diverged", error
             summary = self.summary(status)

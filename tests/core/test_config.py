@@ -217,7 +217,7 @@ def test_arguments_of_the_phases() -> None:
         (free(x=p.x.long()), "free_phase: argument 'x': expected a floating-point dtype, got torch.int64"),
         (
             free(parameters=half),
-            "parameter 'connections.0.weight': expected torch.float64 on cpu (as 'x'), got torch.float32 on cpu",
+            "argument 'parameters: connections.0.weight': expected torch.float64 on cpu (as 'x'), got torch.float32 on cpu",
         ),
         (free(states=states[:-1]), "argument 'states': expected 5 entries, got 4"),
         (free(states=[p.x, None, *states[2:]]), "argument 'states[1]': expected shape [3, 3, 8, 8], got None"),
@@ -229,7 +229,7 @@ def test_arguments_of_the_phases() -> None:
         (nudged(targets=[]), "argument 'targets': expected 1 (one per head), got 0"),
         (nudged(targets=[p.targets[0][:, :2]]), "argument 'targets[0]': expected shape [3, 3], got [3, 2]"),
         (nudged(extra={2: p.x}), "argument 'extra[2]': expected shape [3, 4, 4, 4], got [3, 2, 8, 8]"),
-        (nudged(extra={9: p.x}), "argument 'extra[9]': expected a node of the network, got [3, 2, 8, 8]"),
+        (nudged(extra={9: p.x}), "argument 'extra': expected nodes 1 to 4, got 9"),
     ]
     for call, message in table:
         with pytest.raises(ValueError, match=r"(free|nudged)_phase: ") as caught:

@@ -282,10 +282,19 @@ def test_over_relaxation_and_damping_by_hand(backend: str) -> None:
 
 
 def test_over_relaxation_is_for_sweeps_at_full_step_only() -> None:
-    assert RelaxConfig(over_relaxation=1.3).free_damping == 1.3
-    assert RelaxConfig("sync", over_relaxation=1.3).free_damping == 1.0
-    assert RelaxConfig(damping=0.5, over_relaxation=1.3).free_damping == 0.5
-    assert RelaxConfig.classical().free_damping == 1.0
+    assert RelaxConfig(over_relaxation=1.3).free_damping(0.1) == 1.3
+    assert RelaxConfig("sync", over_relaxation=1.3).free_damping(0.1) == 1.0
+    assert RelaxConfig(damping=0.5, over_relaxation=1.3).free_damping(0.1) == 0.5
+    assert RelaxConfig.classical().free_damping(1.0) == 1.0
+
+
+def test_over_relaxation_follows_the_gain() -> None:
+    """Young's optimum 2 / (1 + sqrt(1 - rho^2)) with rho^2 = 5 k, and a ceiling."""
+    omegas = [RelaxConfig().free_damping(k) for k in (0.001, 0.02, 0.05, 0.1, 0.12, 1.0)]
+    assert omegas == sorted(omegas)
+    assert omegas[0] == pytest.approx(1.0, abs=2e-3)
+    assert omegas[3] == pytest.approx(2 / (1 + 0.5**0.5))
+    assert omegas[-1] == 1.25
 
 
 def test_skip_connections_count_the_longest_path() -> None:

@@ -1,6 +1,7 @@
 """``python -m ep_kernels.info``: stable keys, and an answer also where the library is missing."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -63,3 +64,12 @@ def test_environment_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_version_is_that_of_the_package() -> None:
     assert f'version = "{ep_kernels.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_wrong_instruction_set_is_reported_not_fatal():
+    environment = {**os.environ, "EP_KERNELS_ISA": "sse9"}
+    command = [sys.executable, "-m", "ep_kernels.info"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "EP_KERNELS_ISA" in done.stdout
+    assert "sse9" in done.stdout

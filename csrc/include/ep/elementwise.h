@@ -35,7 +35,7 @@ EP_HD inline T delta_clip(T pre, T increment, T lo, T hi, T scale) {
   return pre < lo ? under : (pre > hi ? over : (pre == pre ? inside : pre));  // a NaN on either side comes out
 }
 
-// Limit of delta_clip for a small increment: it passes strictly inside the box and nowhere else (but NaN does).
+// Limit of delta_clip for a small increment: it passes strictly inside the box and nowhere else (a NaN increment does).
 template <typename T>
 EP_HD inline T tangent_clip(T pre, T increment, T lo, T hi) {
   return (pre > lo) & (pre < hi) ? increment : increment * T(0);
