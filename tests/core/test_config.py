@@ -217,7 +217,7 @@ def test_arguments_of_the_phases() -> None:
         (free(x=p.x.long()), "free_phase: argument 'x': expected a floating-point dtype, got torch.int64"),
         (
             free(parameters=half),
-            "argument 'parameters: connections.0.weight': expected torch.float64 on cpu (as 'x'), got torch.float32 on cpu",
+            "argument 'parameters: connections.0.weight': expected torch.float64 on cpu (as 'x'), got torch.float32",
         ),
         (free(states=states[:-1]), "argument 'states': expected 5 entries, got 4"),
         (free(states=[p.x, None, *states[2:]]), "argument 'states[1]': expected shape [3, 3, 8, 8], got None"),

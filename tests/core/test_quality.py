@@ -64,7 +64,8 @@ def test_few_sweeps_are_enough(
     record_property("smallest cosine, median over seeds", median)
     record_property("smallest cosine, worst seed", min(cosines))
     print(
-        f"\n{len(network.shapes) - 1} conv layers, k {k}, {free} + {nudged} sweeps, {estimator}, omega {config.free_damping(k):.2f}: "
+        f"\n{len(network.shapes) - 1} conv layers, k {k}, {free} + {nudged} sweeps, {estimator}, "
+        f"omega {config.free_damping(k):.2f}: "
         f"smallest cosine {median:.4f} (median), {min(cosines):.4f} (worst of {len(cosines)} networks)"
     )
     assert median >= wanted
