@@ -1,7 +1,7 @@
 """The ops on tensors, for code of your own: ``drive``, ``feedback``, ``relax_step``, ``contrast``.
 
-Each runs on the current backend (:func:`ep_kernels.backend`) and equals the function of the same name in
-ep_kernels/reference.py. Whole networks are relaxed by :func:`ep_kernels.free_phase` and
+Each runs on the current backend (:func:`ep_kernels.backend`), except ``feedback``, which is plain PyTorch on all; what
+they must compute is ep_kernels/reference.py. Whole networks are relaxed by :func:`ep_kernels.free_phase` and
 :func:`ep_kernels.nudged_phase`.
 
 Shapes: B samples, maps [B, C, H, W] (channels_last memory is fastest), vectors [B, F]. Every function raises ValueError
@@ -242,16 +242,8 @@ def _reference_step(
         sign = torch.ones(batch, dtype=state.dtype, device=state.device)
         sign[batch // phases :] = -1
         a = a + nudge_gain * sign.view(-1, *trailing) * tile(nudge)
-    if form == "states":
-        new = reference.update(state, a, damping, slope, lo, hi)
-    elif form == "delta":
-        assert preactivation is not None
-        target = reference.delta_clip(tile(preactivation), slope * a, lo, hi, scale)
-        new = reference.damp(state, target, damping)
-    else:
-        assert preactivation is not None
-        target = reference.tangent_clip(tile(preactivation), slope * a, lo, hi)
-        new = reference.damp(state, target, damping)
+    pre = tile(preactivation) if preactivation is not None else None
+    new = reference.step(state, a, form, damping, slope, lo, hi, pre, scale)
     change = (new - state).abs().flatten(1)
     residual = change.amax(1) / scale if change.numel() else change.new_zeros(batch)
     return new, residual, slope * a

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from .network import Connection, Head, Network, Pool
+from .plan import Form
 
 Pair = Sequence[int]
 
@@ -177,6 +178,28 @@ def delta_clip(pre: Tensor, increment: Tensor, lo: float, hi: float, scale: floa
 def tangent_clip(pre: Tensor, increment: Tensor, lo: float, hi: float) -> Tensor:
     """Limit of :func:`delta_clip` for a small increment: it passes strictly inside the box and nowhere else."""
     return increment * ((pre > lo) & (pre < hi))
+
+
+def step(
+    state: Tensor,
+    a: Tensor,
+    form: Form,
+    damping: float,
+    slope: float,
+    lo: float,
+    hi: float,
+    preactivation: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """One relaxation step of a node in any form; ``preactivation`` and ``scale`` are those of the delta forms."""
+    if form == "states":
+        return update(state, a, damping, slope, lo, hi)
+    assert preactivation is not None
+    if form == "delta":
+        target = delta_clip(preactivation, slope * a, lo, hi, scale)
+    else:
+        target = tangent_clip(preactivation, slope * a, lo, hi)
+    return damp(state, target, damping)
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------

@@ -206,15 +206,9 @@ class _Run:
             a = a + r.feedback_gains[c] * self.feedback(c)
         if step.nudged:
             a = a + r.nudge_gains[node] * self.sign.view(-1, *trailing) * self.nudges[node]
-        if r.form == "states":
-            new = reference.update(old, a, self.damping, net.slope, net.lo, net.hi)
-        else:
-            pre = r.preactivations[node].repeat(r.phases, *trailing)
-            if r.form == "delta":
-                target = reference.delta_clip(pre, net.slope * a, net.lo, net.hi, r.scales[node])
-            else:
-                target = reference.tangent_clip(pre, net.slope * a, net.lo, net.hi)
-            new = reference.damp(old, target, r.damping)
+        pre = r.preactivations[node].repeat(r.phases, *trailing) if r.form != "states" else None
+        damping = self.damping if r.form == "states" else r.damping
+        new = reference.step(old, a, r.form, damping, net.slope, net.lo, net.hi, pre, r.scales[node])
         self.pre[node] = net.slope * a
         change = (new - old).abs().flatten(1).amax(1) / r.scales[node]
         self.change = torch.maximum(self.change, change)
