@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,8 +15,10 @@ from . import backends, reference
 from .config import RelaxConfig
 from .network import Network, Shape
 from .parameters import Parameters
-from .plan import compile_plan
+from .plan import Plan, Step, compile_plan
 from .relaxation import Relaxation, Relaxed
+
+log = logging.getLogger("ep_kernels")
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,8 @@ def nudged_phase(
         extra=frozenset(extra),
         steps=config.nudged_steps,
     )
+    if form != "states":
+        _warn_unreached(network, plan, config)
     batch = phases * x.shape[0]
     count = len(network.connections)
     if form == "states":
@@ -306,6 +312,22 @@ def delta_scales(network: Network, beta: float) -> list[float]:
         exponent = round(-math.log2(abs(beta)) - depth * math.log2(network.feedback_gain))
         scales.append(math.ldexp(1.0, min(max(exponent, -100), 100)))
     return scales
+
+
+@lru_cache(maxsize=64)  # once for each network and setting
+def _warn_unreached(network: Network, plan: Plan, config: RelaxConfig) -> None:
+    """Say so when the nudge has not reached every node after K sweeps: those get zero gradients."""
+    launches = [launch for t in range(config.nudged_steps) for launch in plan.sweep(t)]
+    stepped = {launch.node for launch in launches if isinstance(launch, Step)}
+    missing = sorted(set(range(1, len(network.shapes))) - stepped)
+    if missing:
+        log.warning(
+            "nudged_phase: %d sweeps of schedule '%s' do not carry the nudge to nodes %s: their gradients are zero. "
+            "Raise nudged_steps (sync needs one sweep for each layer, even_odd half as many), or use schedule 'sweep'",
+            config.nudged_steps,
+            config.schedule,
+            missing,
+        )
 
 
 def _valid_drives(network: Network, config: RelaxConfig, drives: dict[int, Tensor], keep: bool) -> dict[int, Tensor]:

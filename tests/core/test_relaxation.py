@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ep_kernels import Network, RelaxConfig, compile_plan, contrast_gradients, free_phase, nudged_phase, reference
+from ep_kernels import (
+    Network,
+    RelaxConfig,
+    compile_plan,
+    contrast_gradients,
+    ep_gradients,
+    free_phase,
+    nudged_phase,
+    reference,
+)
 from ep_kernels.plan import SCHEDULES
 from tests.core.nets import BACKENDS, NETWORKS, POOLED, Problem, problem
 
@@ -315,3 +324,15 @@ def test_skip_connections_count_the_longest_path() -> None:
     )
     assert diamond.levels == (0, 1, 1, 2, 3)
     assert diamond.top == 3
+
+
+def test_unreached_nodes_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """Three synchronous sweeps carry a nudge through three layers of four: the lowest one gets a warning."""
+    net = Network.chain((2, 8, 8), [3, 4, 5, 6], ["none"] * 4, classes=3, feedback_gain=0.37)
+    p = problem(net)
+    for config, expected in ((RelaxConfig("sync", 5, 3), "nodes [1]"), (RelaxConfig("sweep", 5, 1), "")):
+        caplog.clear()
+        gradients, _ = ep_gradients(net, p.parameters, p.x, p.targets, config)
+        assert expected in caplog.text
+        assert bool(gradients.weights[0].any()) == (not expected)
+        assert bool(caplog.text) == bool(expected)
