@@ -61,15 +61,16 @@ def build_info() -> dict[str, Any]:
 def _missing() -> str:
     looked = f"the compiled library was looked for at {LIBRARY} and is not there."
     root = PACKAGE.parent
+    command = f"pip install --no-build-isolation -e {root}"
     if not (root / "CMakeLists.txt").is_file():
         return f"{looked} The installation is incomplete. Run: pip install --force-reinstall --no-deps ep-kernels"
     installed = _shadowed()
     if installed:
         return (
             f"{looked} Python imports ep_kernels from the source tree {root}, which shadows the wheel installed in "
-            f"{installed}. Start Python from another directory, or build in this tree: pip install -e {root}"
+            f"{installed}. Start Python from another directory, or build in this tree: {command}"
         )
-    return f"{looked} {root} is a source tree in which it has not been built. Run: pip install -e {root}"
+    return f"{looked} {root} is a source tree in which it has not been built. Run: {command}"
 
 
 def _shadowed() -> Path | None:

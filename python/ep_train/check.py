@@ -66,6 +66,11 @@ class CheckConfig:
     out: Path | None = None
     """Write the plot (PNG) here."""
 
+    def __post_init__(self) -> None:
+        for name in ("size", "batch_size", "seeds", "free_steps", "nudged_steps", "converge_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"CheckConfig: argument '{name}': expected an integer >= 1, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class LayerCheck:

@@ -18,6 +18,7 @@ from .data import DataError
 from .run_folder import RunFolderError
 from .trainer import Diverged, resume, train
 
+COMMANDS = ("train", "check", "resume")
 DESCRIPTION = """Train a convolutional network by Equilibrium Propagation.
 
 Other commands: `ep-train check` compares EP gradients with BPTT layer by layer; `ep-train resume DIR` continues a run
@@ -40,7 +41,11 @@ class ResumeConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 failed, 2 bad arguments, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = arguments.pop(0) if arguments and arguments[0] in ("train", "check", "resume") else "train"
+    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
+    if arguments and command == "train" and not arguments[0].startswith("-"):
+        known = ", ".join(COMMANDS)
+        print(f"ep-train: expected a command ({known}) or an option first, got '{arguments[0]}'", file=sys.stderr)
+        sys.exit(2)  # as tyro does
     try:
         if command == "check":
             check = tyro.cli(CheckConfig, prog="ep-train check", args=arguments)

@@ -132,6 +132,10 @@ class Model(nn.Module):
                 tensor = tensor.contiguous(memory_format=torch.channels_last)
             holder.register_parameter(leaf, nn.Parameter(tensor))
 
+    def forward(self, *_: object) -> None:
+        """EP has no forward pass of its own. Raises TypeError that says what to call."""
+        raise TypeError("Model is not called: use ep_train.predict(model, x, RelaxConfig()) or ep_train.ep_step")
+
     def tensors(self) -> Parameters:
         """The parameters as :class:`ep_kernels.Parameters`, detached: EP computes no graph."""
         return Parameters.from_named(self.network, {name: p.detach() for name, p in self.named_parameters()})

@@ -194,6 +194,8 @@ class Trainer:
             Progress(self.config.epochs, quiet=self.config.quiet) as progress,
         ):
             progress.note(self.headline())
+            if self.epoch >= self.config.epochs:
+                progress.note(f"already finished after {self.epoch} epochs; resume with --epochs N to go on")
             try:
                 while self.epoch < self.config.epochs:
                     row = self.train_epoch(progress)
@@ -270,7 +272,7 @@ class Trainer:
             "train_accuracy": last.get("train_accuracy"),
             "residual": last.get("residual"),
             "epochs": self.epoch,
-            "seconds": self.seconds,
+            "seconds": self.seconds + self.partial.seconds,
             "images_per_second": images / self.seconds if self.seconds else None,
             "peak_memory_bytes": peak_memory_bytes(),
             "parameters": sum(p.numel() for p in self.model.parameters()),

@@ -34,7 +34,7 @@ def test_unbuilt_tree_says_what_was_looked_for_and_what_to_run(tree: Path) -> No
     assert message is not None
     assert str(_library.LIBRARY) in message
     assert "has not been built" in message
-    assert f"pip install -e {tree}" in message
+    assert f"pip install --no-build-isolation -e {tree}" in message
     with pytest.raises(ImportError, match="has not been built"):
         _library.load()
 

@@ -107,7 +107,7 @@ def load_cifar(variant: Variant, root: Path | None, cache_dir: Path) -> RawData:
             store,
             missing=f"{variant.title}'s files ({archives}, or what they contain) were looked for in {store}",
             advice=f"get {variant.forms[0].archive} from https://www.cs.toronto.edu/~kriz/cifar.html, put it"
-            " in a folder and name that folder as root; images in class folders load as folder:PATH",
+            " in a folder and name that folder as --data-root (root=); images in class folders load as folder:PATH",
         )
         found = _read_any(variant, store)
     if found is None:

@@ -110,7 +110,7 @@ def load_fashion_mnist(root: Path | None, cache_dir: Path) -> RawData:
             store,
             missing=f"Fashion-MNIST's idx files (such as {_FILES['train images']}.gz) were looked for in: {looked}",
             advice="on Debian or Ubuntu run: apt-get install dataset-fashion-mnist; elsewhere put the four"
-            " files in a folder and name it as root",
+            " files in a folder and name it as --data-root (root=)",
         )
         found = _find([store])
     if found is None:
