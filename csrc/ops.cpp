@@ -4,8 +4,9 @@
 // stride and padding are (height, width) pairs; pool is 0 none, 1 max, 2 average (2x2, stride 2, floor); winners are
 // uint8 0..3, row-major in the window; form is 0 states, 1 delta, 2 tangent. A tensor with fewer samples than the batch
 // is read modulo its own batch. Geometry lists hold (stride h, w, padding h, w, pool) per connection. In lists of
-// tensors an empty 1-d tensor stands for an absent one. Equations: docs/concepts.md; semantics:
-// ep_kernels/reference.py.
+// tensors an empty 1-d tensor stands for an absent one. operands (of convolutions and matrix products) are 0 in the
+// tensors' own dtype, 1 tf32, 2 float16, 3 bfloat16; storage (of states and deltas) is 0 own, 1 float16; a backend may
+// lack some, see its sources. Equations: docs/concepts.md; semantics: ep_kernels/reference.py.
 #include "cpu/ops.h"
 
 #include "cpu/passes.h"
@@ -26,7 +27,7 @@ STABLE_TORCH_LIBRARY(ep_kernels, m) {
   m.def(
       "contrast(Tensor source, Tensor? source_delta, Tensor target, Tensor target_delta, int[] weight_shape,"
       " int[] stride, int[] padding, int pool, Tensor? winners, float source_gain, float target_gain, float centre,"
-      " float scale) -> (Tensor, Tensor)");
+      " float scale, int operands) -> (Tensor, Tensor)");
   // shapes: 3 per node (C, H, W; vectors F, 0, 0). connections: 7 per connection (src, dst, stride h, w, padding h, w,
   // pool). heads: map, bias, target per head; head_spec: 4 per head (node, loss, pool, pointwise); head_scalars:
   // weight, temperature. program: csrc/cpu/program.h.
@@ -35,8 +36,8 @@ STABLE_TORCH_LIBRARY(ep_kernels, m) {
       "relax(Tensor[] states, Tensor[] weights, Tensor[] biases, Tensor[] drives, Tensor[] winners, Tensor[] free,"
       " Tensor[] preactivations, Tensor[] heads, Tensor[] extra, int[] shapes, int[] connections, int[] head_spec,"
       " int[] program, float[] drive_gains, float[] feedback_gains, float[] nudge_gains, float[] scales,"
-      " float[] head_scalars, int batch, int phases, int steps, int form, bool frozen, bool deferred, bool bfloat16,"
-      " bool keep, float damping, float slope, float lo, float hi, float tol)"
+      " float[] head_scalars, int batch, int phases, int steps, int form, bool frozen, bool deferred, int operands,"
+      " int storage, bool keep, float damping, float slope, float lo, float hi, float tol)"
       " -> (Tensor[], Tensor[], Tensor[], Tensor[], Tensor)");
   // Index into (baseline, avx2, avx512): the instruction set that the passes use on this processor.
   m.def("cpu_isa() -> int");

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from . import _library, reference, relax_op
-from .network import Connection
+from .network import POOLS, Connection
+from .precision import OPERANDS, Operands
 from .relaxation import Relaxation, Relaxed, relax_reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "EP_KERNELS_BACKEND"
+TRITON_NEEDED = (3, 4)
 log = logging.getLogger("ep_kernels")
 
 _current: ContextVar[str | None] = ContextVar("ep_kernels_backend", default=None)
@@ -47,7 +52,7 @@ def backend(name: str) -> Iterator[None]:
 def status() -> dict[str, str | None]:
     """Per backend: None if it can run here, else the reason why it cannot."""
     later = "not part of this version: see CHANGELOG.md"
-    return {"reference": None, "cpu": _library.load_error(), "triton": later, "cuda": later}
+    return {"reference": None, "cpu": _library.load_error(), "triton": _triton_missing(), "cuda": later}
 
 
 def requested() -> str:
@@ -55,8 +60,14 @@ def requested() -> str:
     return _current.get() or _known(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
 
 
-def choose(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, name: str | None = None) -> str:
-    """The backend that runs ops on tensors of this device and dtype.
+def choose(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    name: str | None = None,
+    *,
+    storage: torch.dtype | None = None,
+) -> str:
+    """The backend that runs ops on tensors of this device and dtype, with states in ``storage`` (None: in theirs).
 
     The same test raises when the user named the backend and logs (once per reason) when the choice is automatic.
 
@@ -64,24 +75,32 @@ def choose(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float3
         ValueError: an unknown name. BackendError: a named backend that cannot run, with the reason.
     """
     name = _known(name, "backend") if name is not None else requested()
+    if name == "triton" and dtype == torch.float64:
+        _log_once(name, "it computes in float32 and narrower; float64 falls back to the reference")
+        return "reference"
     if name != "auto":
-        _require(name, torch.device(device), dtype)
+        _require(name, torch.device(device), dtype, storage)
         return name
     for candidate in ("cuda", "triton", "cpu"):
-        reason = _refusal(candidate, torch.device(device), dtype)
+        reason = _refusal(candidate, torch.device(device), dtype, storage)
+        if reason is None and candidate == "triton" and torch.device(device).type == "cpu":
+            reason = "TRITON_INTERPRET runs it on the CPU, slowly and for tests: ask for it by name"
         if reason is None:
             return candidate
-        if (candidate, reason) not in _logged:
-            _logged.add((candidate, reason))
-            log.info("backend %s is not used: %s", candidate, reason)
+        _log_once(candidate, reason)
     return "reference"
 
 
 def relax(relaxation: Relaxation, name: str | None = None) -> Relaxed:
     """Run a relaxation on the chosen backend."""
     weight = relaxation.weights[0]
-    if choose(weight.device, weight.dtype, name) == "reference":
+    chosen = choose(weight.device, weight.dtype, name, storage=relaxation.storage)
+    if chosen == "reference":
         return relax_reference(relaxation)
+    if chosen == "triton" and not torch.compiler.is_compiling():
+        from . import triton
+
+        return triton.relax(relaxation)
     return relax_op.relax(relaxation)
 
 
@@ -98,10 +117,39 @@ def contrast(
     target_gain: float,
     centre: float,
     scale: float,
+    operands: Operands = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Contrast of one connection on the chosen backend; see :func:`ep_kernels.reference.contrast`."""
-    run = reference.contrast if choose(weight.device, weight.dtype, backend) == "reference" else relax_op.contrast
+    """Contrast of one connection on the chosen backend; see :func:`ep_kernels.reference.contrast`.
+
+    States and deltas may be stored in another dtype than the weight's, which is computed in. ``cpu`` does not round the
+    products' operands, whatever ``operands`` says.
+    """
+    won = winners if conn.pool == "max" else None
+    chosen = choose(weight.device, weight.dtype, backend)
+    if chosen == "triton" and not torch.compiler.is_compiling():
+        from .triton import ops
+
+        return ops.contrast(
+            source,
+            source_delta,
+            target,
+            target_delta,
+            weight.shape,
+            conn.stride,
+            conn.padding,
+            POOLS.index(conn.pool),
+            won,
+            source_gain,
+            target_gain,
+            centre,
+            scale,
+            OPERANDS.index(operands),
+            dtype=weight.dtype,
+        )
+    source, target, target_delta = (t.to(weight.dtype) for t in (source, target, target_delta))
+    source_delta = None if source_delta is None else source_delta.to(weight.dtype)
+    run = reference.contrast if chosen == "reference" else relax_op.contrast
     return run(
         source,
         source_delta,
@@ -111,11 +159,12 @@ def contrast(
         conn.stride,
         conn.padding,
         conn.pool,
-        winners if conn.pool == "max" else None,
+        won,
         source_gain=source_gain,
         target_gain=target_gain,
         centre=centre,
         scale=scale,
+        operands=operands,
     )
 
 
@@ -125,18 +174,67 @@ def _known(name: str, where: str) -> str:
     return name
 
 
-def _refusal(name: str, device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+def _refusal(
+    name: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    storage: torch.dtype | None = None,
+) -> str | None:
     reason = status()[name]
     if reason is not None or name == "reference":
         return reason
-    if name == "cpu" and device is not None and device.type not in ("cpu", "meta"):
+    if name == "triton":
+        return _triton_refusal(device, dtype)
+    if device is not None and device.type not in ("cpu", "meta"):
         return f"it runs on cpu tensors, these are on {device}"
-    if name == "cpu" and dtype is not None and dtype not in (torch.float32, torch.float64):
+    if dtype is not None and dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 and float64, these are {dtype}"
+    if storage is not None:
+        return f"it stores states in the parameters' dtype, not in {storage}"
     return None
 
 
-def _require(name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-    reason = _refusal(name, device, dtype)
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@lru_cache(maxsize=2)
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'ep-kernels[triton]'"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < TRITON_NEEDED:
+        return f"it needs triton >= {'.'.join(map(str, TRITON_NEEDED))}, this is {version}"
+    if interpreting() or torch.cuda.is_available():
+        return "PyTorch is built for ROCm; the kernels are for NVIDIA GPUs" if torch.version.hip else None
+    return "no CUDA device is available"
+
+
+def _triton_refusal(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    if device is not None and device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        return f"it runs on cuda tensors, these are on {device}"
+    if device is not None and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"it needs compute capability 8.0 or newer, {device} has {major}.{minor}"
+    if dtype is not None and dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it computes in float32, float16 and bfloat16, these are {dtype}"
+    return None
+
+
+def _log_once(name: str, reason: str) -> None:
+    if (name, reason) not in _logged:
+        _logged.add((name, reason))
+        log.info("backend %s is not used: %s", name, reason)
+
+
+def _require(
+    name: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    storage: torch.dtype | None = None,
+) -> None:
+    reason = _refusal(name, device, dtype, storage)
     if reason is not None:
         raise BackendError(f"backend '{name}' cannot run: {reason}")

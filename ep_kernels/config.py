@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from .plan import FORMS, SCHEDULES, Form, Schedule, Winners
+from .precision import OPERANDS, STORAGES, Operands
 
 Estimator = Literal["symmetric", "positive", "negative", "tangent"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
@@ -35,7 +36,13 @@ class RelaxConfig:
             below 1, and in ``sync``, which it would make oscillate.
         tol: stop the free phase when the residual of every sample is at most this; 0 never stops early. The nudged
             phases always run ``nudged_steps`` sweeps: a delta is small long before it has reached the lowest layer.
-        operands: dtype of the convolutions' operands: None (the states' own) or torch.bfloat16.
+        operands: precision of the operands of convolutions and matrix products, of the relaxation and of the contrast:
+            None (the parameters' own), ``"tf32"`` (float32 that tensor cores round to 10 bits of mantissa; a backend
+            without them computes in float32), torch.float16 or torch.bfloat16.
+        storage: dtype of states and scaled deltas in memory, between launches: None (the parameters' own) or
+            torch.float16. Arithmetic, preactivations, drives and residuals stay in the parameters' dtype. A residual in
+            float16 may stay at the states' last digit, 5e-4 near 1: a smaller ``tol`` may never stop. Take the delta
+            form with it: the states form subtracts two stored states, which leaves no digits in the lower layers.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -52,7 +59,8 @@ class RelaxConfig:
     damping: float = 1.0
     over_relaxation: float | None = None
     tol: float = 0.0
-    operands: torch.dtype | None = None
+    operands: Operands = None
+    storage: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for name, value, valid in (
@@ -60,7 +68,8 @@ class RelaxConfig:
             ("estimator", self.estimator, ESTIMATORS),
             ("form", self.form, FORMS[:2]),
             ("winners", self.winners, ("live", "frozen")),
-            ("operands", self.operands, (None, torch.bfloat16)),
+            ("operands", self.operands, OPERANDS),
+            ("storage", self.storage, STORAGES),
         ):
             if value not in valid:
                 names = ", ".join(str(v) for v in valid)

@@ -14,14 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops, reference, relax_op
+from . import ops, reference
 from .backends import choose
 from .network import POOLS, Pool
 from .plan import FORMS, Form
+from .precision import OPERANDS, Operands
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,10 @@ def drive(
     _check_connection("drive", source, weight, stride, padding, pool)
     shape = ops.drive_shape(source, weight, list(stride), list(padding), POOLS.index(pool))
     _check_winners("drive", winners, shape, source, pool)
-    if not _compiled(source.device, source.dtype):
+    where = _where(source.device, source.dtype)
+    if where == "reference":
         return reference.drive(source, weight, stride, padding, pool, winners)
-    pooled, won = ops.drive(source, weight, list(stride), list(padding), POOLS.index(pool), winners)
+    pooled, won = _ops(where).drive(source, weight, list(stride), list(padding), POOLS.index(pool), winners)
     if pool != "max":
         return pooled, None
     return pooled, won if winners is None else winners
@@ -171,13 +174,14 @@ def relax_step(
         _check_like(fn, f"{at}state", n.state, driven, state)
         _require(n.pool != "max" or n.winners is not None, fn, f"{at}winners", "those of the drive", None)
         _check_winners(fn, n.winners, driven, state, n.pool, at)
-    if not _compiled(state.device, state.dtype):
+    where = _where(state.device, state.dtype)
+    if where == "reference":
         return _reference_step(
             state, bias, drives, below, above, nudge, nudge_gain, preactivation, form, phases, damping, slope, lo, hi,
             scale,
         )  # fmt: skip
     none = state.new_empty(0, dtype=torch.uint8)
-    return ops.relax_step(
+    return _ops(where).relax_step(  # type: ignore[no-any-return]
         state,
         bias if form == "states" else None,
         list(drives),
@@ -264,12 +268,13 @@ def contrast(
     target_gain: float = 1.0,
     centre: float = 0.5,
     scale: float = 1.0,
+    operands: Operands = None,
 ) -> tuple[Tensor, Tensor]:
     """Contrastive gradient of a connection's weight and bias, in the difference form.
 
     To contrast two given pairs of states (no deltas): pass those of -beta as ``source``, ``target``, their differences
     ``s+ - s-`` as the deltas, and ``scale = -1 / (2 beta B)``. Arguments, returns and equation:
-    :func:`ep_kernels.reference.contrast`.
+    :func:`ep_kernels.reference.contrast`. The backend ``cpu`` does not round, whatever ``operands`` says.
     """
     shape = list(weight_shape)
     _require(len(shape) in (2, 4) and min(shape) > 0, "contrast", "weight_shape", "2 or 4 positive sizes", shape)
@@ -290,27 +295,34 @@ def contrast(
         ("target_gain", target_gain),
     ):
         _require(_finite(value), "contrast", name, "a finite number", value)
+    _require(operands in OPERANDS, "contrast", "operands", ("one of ", ", ".join(map(str, OPERANDS))), repr(operands))
     _require(pool != "max" or winners is not None, "contrast", "winners", "those of the drive (max pooling)", None)
     twice = winners is not None and winners.shape[0] == 2 * expected[0]
     _check_winners("contrast", winners, [2 * expected[0] if twice else expected[0], *expected[1:]], source, pool)
     _require(
         not twice or centre == 0.5 or expected[0] == 0, "contrast", "centre", "0.5 with winners of both phases", centre
     )
-    run = relax_op.contrast if _compiled(source.device, source.dtype) else reference.contrast
-    return run(
+    where = _where(source.device, source.dtype)
+    if where == "reference":
+        return reference.contrast(
+            source, source_delta, target, target_delta, shape, stride, padding, pool, winners, source_gain=source_gain,
+            target_gain=target_gain, centre=centre, scale=scale, operands=operands,
+        )  # fmt: skip
+    return _ops(where).contrast(  # type: ignore[no-any-return]
         source,
         source_delta,
         target,
         target_delta,
         shape,
-        stride,
-        padding,
-        pool,
+        list(stride),
+        list(padding),
+        POOLS.index(pool),
         winners,
-        source_gain=source_gain,
-        target_gain=target_gain,
-        centre=centre,
-        scale=scale,
+        source_gain,
+        target_gain,
+        centre,
+        scale,
+        OPERANDS.index(operands),
     )
 
 
@@ -318,17 +330,28 @@ def _geometry(neighbours: Sequence[Neighbour]) -> list[int]:
     return [v for n in neighbours for v in (*n.stride, *n.padding, POOLS.index(n.pool))]
 
 
-def _compiled(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the compiled ops run on such tensors, else the reference does."""
-    if choose(device, dtype) == "reference":
-        return False
+def _where(device: torch.device, dtype: torch.dtype) -> str:
+    """What runs on such tensors: ``reference``, ``ops`` (those of torch, for every device) or ``interpreter``."""
+    chosen = choose(device, dtype)
+    if chosen == "reference":
+        return chosen
+    if chosen == "triton" and device.type == "cpu":
+        return "interpreter"  # the ops of CPU tensors are the C++ ones
     ops.ensure()
-    return True
+    return "ops"
 
 
 # torch.compile takes its result as a constant. What torch.compiler.assume_constant_result sets, without importing
 # torch._dynamo (seconds) along with this package.
-_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_where._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _ops(where: str) -> Any:
+    if where == "interpreter":
+        from .triton import ops as interpreted
+
+        return interpreted
+    return ops
 
 
 def _finite(value: float) -> bool:

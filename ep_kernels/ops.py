@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import _library, reference
 from .network import POOLS
+from .precision import STORAGES
 
 _lock = threading.Lock()
 _ready = False
@@ -166,7 +167,8 @@ def _fake_relax(
     form: int,
     frozen: bool,
     deferred: bool,
-    bfloat16: bool,
+    operands: int,
+    storage: int,
     keep: bool,
     *_: Any,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
@@ -182,7 +184,7 @@ def _fake_relax(
         won = c in driven and POOLS[pool] == "max" and not frozen
         out_winners.append(_dense_empty(like, full[dst] if won else [0], torch.uint8))
     return (
-        [_dense_empty(like, shape) for shape in full[1:]],
+        [_dense_empty(like, shape, STORAGES[storage]) for shape in full[1:]],
         [_dense_empty(like, shape if keep and i in stepped else [0]) for i, shape in enumerate(full) if i],
         out_drives,
         out_winners,
@@ -230,9 +232,28 @@ def _register() -> None:
         torch.library.register_fake(f"ep_kernels::{name}", fake)
         for device in ("cpu", "cuda"):  # without it the convolutions inside would be cast, behind the op's back
             torch.library.register_autocast(f"ep_kernels::{name}", device, torch.float32)
+        torch.library.impl(f"ep_kernels::{name}", "CUDA", _on_cuda(name))
     torch.library.register_autograd("ep_kernels::drive", _drive_backward, setup_context=_drive_context)
     for name in ("relax_step", "contrast", "relax"):
         torch.library.register_autograd(f"ep_kernels::{name}", _refuse(name))
+
+
+def _on_cuda(name: str) -> Any:
+    """The op on CUDA tensors: the Triton kernels."""
+
+    def run(*args: Any) -> Any:
+        from . import backends
+
+        reason = backends.status()["triton"]
+        if reason is not None:
+            raise RuntimeError(
+                f"ep_kernels::{name} on CUDA tensors needs the backend triton, which cannot run: {reason}"
+            )
+        from .triton import ops as kernels
+
+        return getattr(kernels, name)(*args)
+
+    return run
 
 
 def _drive_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

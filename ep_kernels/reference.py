@@ -17,6 +17,7 @@ from torch.nn.grad import conv2d_weight
 
 from .network import Connection, Head, Network, Pool
 from .plan import Form
+from .precision import Operands, rounded
 
 Pair = Sequence[int]
 
@@ -268,6 +269,7 @@ def contrast(
     target_gain: float = 1.0,
     centre: float = 0.5,
     scale: float = 1.0,
+    operands: Operands = None,
 ) -> tuple[Tensor, Tensor]:
     """Contrastive gradients of one connection in the difference form (docs/concepts.md).
 
@@ -281,43 +283,58 @@ def contrast(
         centre: 1/2 for finite differences (exact), 0 for the tangent.
         winners: of the max pooling, [B, ...], the same in both phases (frozen); or [2B, ...], those of the +beta states
             and then those of the -beta (or free) states (live; ``centre`` must be 1/2).
+        operands: what the products round ``d`` (in the deltas' units; live, in the states') and ``m`` to, accumulating
+            in the tensors' dtype. The gains and the scale, which no short exponent holds, multiply the products.
 
     Returns:
         Gradient of the weight, in ``weight_shape``, and of the bias, [C] or [F]. Sums over the batch.
     """
-    diff_t, mean_t = _difference_and_mean(target, target_delta, target_gain, centre, scale)
+    live = winners is not None and winners.shape[0] == 2 * target.shape[0]
+    # What multiplies a difference before the products, and a product afterwards. Gains may be tiny and the scale huge:
+    # their products are formed first, in double; and differences to be rounded get neither (live: the gain, which is
+    # that to the states' units), as they have to fit a short exponent.
+    if isinstance(operands, torch.dtype):
+        unit, before_t, before_s = 1.0, target_gain if live else 1.0, 1.0
+        after_t, after_s = scale if live else scale * target_gain, scale * source_gain
+    else:
+        unit, before_t, before_s = scale, scale * target_gain, scale * source_gain
+        after_t = after_s = 1.0
+    diff_t, mean_t = _difference_and_mean(target, target_delta, before_t, centre * target_gain)
     if source_delta is None:
         diff_s, mean_s = None, source
     else:
-        diff_s, mean_s = _difference_and_mean(source, source_delta, source_gain, centre, scale)
-    if len(weight_shape) == 2:
-        weight = diff_t.t() @ mean_s.flatten(1)
-        if diff_s is not None:
-            weight = weight + mean_t.t() @ diff_s.flatten(1)
-        return weight, diff_t.sum(0)
-    size = [
-        (n + 2 * p - k) // s + 1 for n, k, s, p in zip(source.shape[2:], weight_shape[2:], stride, padding, strict=True)
-    ]
+        diff_s, mean_s = _difference_and_mean(source, source_delta, before_s, centre * source_gain)
+    bias = after_t * (diff_t.sum((0, 2, 3)) if diff_t.dim() == 4 else diff_t.sum(0))
 
-    if winners is not None and winners.shape[0] == 2 * target.shape[0]:
-        plus, minus = (
-            unpool_map(mean_t + sign * diff_t / (2 * scale), pool, size, won)
-            for sign, won in zip((1, -1), winners.chunk(2), strict=True)
-        )
-        up_diff, up_mean = scale * (plus - minus), (plus + minus) / 2
-    else:
-        up_diff, up_mean = (unpool_map(t, pool, size, winners) for t in (diff_t, mean_t))
-    weight = convolve_weight(up_diff, mean_s, weight_shape, stride, padding)
+    def product(above: Tensor, below: Tensor) -> Tensor:
+        above, below = rounded(above, operands), rounded(below, operands)
+        if len(weight_shape) == 2:
+            return above.t() @ below.flatten(1)
+        return convolve_weight(above, below, weight_shape, stride, padding)
+
+    up_diff, up_mean = diff_t, mean_t
+    if len(weight_shape) == 4:
+        size = [
+            (n + 2 * p - k) // s + 1
+            for n, k, s, p in zip(source.shape[2:], weight_shape[2:], stride, padding, strict=True)
+        ]
+        if live and winners is not None:
+            plus, minus = (
+                unpool_map(mean_t + sign * diff_t / (2 * unit), pool, size, won)
+                for sign, won in zip((1, -1), winners.chunk(2), strict=True)
+            )
+            up_diff, up_mean = unit * (plus - minus), (plus + minus) / 2
+        else:
+            up_diff, up_mean = (unpool_map(t, pool, size, winners) for t in (diff_t, mean_t))
+    weight = after_t * product(up_diff, mean_s)
     if diff_s is not None:
-        weight = weight + convolve_weight(up_mean, diff_s, weight_shape, stride, padding)
-    return weight, diff_t.sum((0, 2, 3))
+        weight = weight + after_s * product(up_mean, diff_s)
+    return weight, bias
 
 
-def _difference_and_mean(
-    free: Tensor, delta: Tensor, gain: float, centre: float, scale: float
-) -> tuple[Tensor, Tensor]:
-    """``scale d`` and ``m``. Gains may be tiny and the scale huge: their products are formed first, in double."""
+def _difference_and_mean(free: Tensor, delta: Tensor, factor: float, centre: float) -> tuple[Tensor, Tensor]:
+    """``factor d`` and ``m``, of which ``centre`` includes the gain."""
     if delta.shape[0] == free.shape[0]:
-        return scale * gain * delta, free + centre * gain * delta
+        return factor * delta, free + centre * delta
     plus, minus = delta.chunk(2)
-    return scale * gain * (plus - minus), free + centre * gain * (plus + minus)
+    return factor * (plus - minus), free + centre * (plus + minus)

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import reference
 from .network import Network
 from .plan import Drive, Form, Launch, Nudge, Plan, Step
+from .precision import Operands, cast
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Relaxation:
         network, plan, steps: what runs, and for how many sweeps.
         weights: per connection. biases: per node (index 0 and nodes without a bias: None).
         states: per node, the states at the start (None: zero); index 0 is the clamped input, None in the delta forms.
+            These and ``free`` may be in ``storage`` or in the weights' dtype.
         free: per node, states of the free equilibrium (delta forms only): the nudge is evaluated at ``free + d``.
         preactivations: per node, gamma a of the free equilibrium (delta forms only).
         drives, winners: kept ones by connection: of the clamped input, and of the free equilibrium.
@@ -33,7 +35,9 @@ class Relaxation:
         tol: stop when every sample's residual is at most this (0: never).
         form: ``states``, ``delta`` or ``tangent``. frozen: the given winners are gathered, never recomputed.
         phases: 2 when the batch holds both signs, else 1.
-        operands: dtype of the convolutions' operands; None is the states' own.
+        operands: precision of the convolutions' operands; None is the weights' own dtype.
+        storage: dtype that new states (but not the clamped input) are rounded to, None is the weights'. All else is
+            computed and returned in the weights' dtype; the residual is the change of the rounded states.
         keep: return the preactivations of the last sweep and refresh the winners.
     """
 
@@ -61,7 +65,8 @@ class Relaxation:
     form: Form = "states"
     frozen: bool = False
     phases: int = 1
-    operands: torch.dtype | None = None
+    operands: Operands = None
+    storage: torch.dtype | None = None
     keep: bool = False
 
 
@@ -70,7 +75,8 @@ class Relaxed:
     """What a relaxation leaves.
 
     Attributes:
-        states: per node (index 0: the clamped input or None), [n, ...]; in the delta forms the scaled deltas.
+        states: per node (index 0: the clamped input or None), [n, ...]; in the delta forms the scaled deltas. In the
+            dtype of the relaxation's ``storage``.
         preactivations: per node, gamma a of each node's last update; empty unless ``keep``.
         drives, winners: computed in this phase, by connection.
         residual: max over units of |s_{t+1} - s_t| per sweep and sample, [steps, n], in the states' units; -1 in the
@@ -92,16 +98,17 @@ def relax_reference(r: Relaxation) -> Relaxed:
 class _Run:
     def __init__(self, r: Relaxation):
         self.r = r
-        template = next(t for t in (*r.states, *r.free) if t is not None)
-        self.new = template.new_empty
-        self.states = list(r.states)
+        weight = r.weights[0]
+        self.new = weight.new_empty
+        self.dtype, self.storage = weight.dtype, r.storage or weight.dtype
+        self.states = [s.to(self.storage) if i and s is not None else s for i, s in enumerate(r.states)]
         self.pending: dict[int, Tensor] = {}
         self.pre: list[Tensor | None] = [None] * len(r.network.shapes)
         self.drives, self.winners = dict(r.drives), dict(r.winners)
         self.computed: set[int] = set()
         self.nudges: dict[int, Tensor] = {}
         half = r.batch // r.phases
-        sign = torch.ones(r.batch, dtype=template.dtype, device=template.device)
+        sign = torch.ones(r.batch, dtype=self.dtype, device=weight.device)
         sign[half:] = -1
         self.sign = sign
 
@@ -126,7 +133,7 @@ class _Run:
                 self.launch(refresh)
         for i, shape in enumerate(r.network.shapes):
             if i and self.states[i] is None:  # nothing reached it in so few sweeps
-                self.states[i] = self.new((r.batch, *shape)).zero_()
+                self.states[i] = self.new((r.batch, *shape), dtype=self.storage).zero_()
         kept = {c: self.drives[c] for c in self.computed}
         winners = {} if r.frozen else {c: self.winners[c] for c in self.computed if c in self.winners}
         return Relaxed(self.states, self.pre if r.keep else [], kept, winners, residual)
@@ -139,12 +146,17 @@ class _Run:
         else:
             self.step(launch)
 
+    def state(self, node: int) -> Tensor | None:
+        """The node's current state in the dtype that is computed in."""
+        state = self.states[node]
+        return None if state is None else state.to(self.dtype)
+
     def convolve(self, c: int) -> Tensor:
         """The pooled drive of connection c from its source's current state, and its winners if they are live."""
         r, conn = self.r, self.r.network.connections[c]
-        source, weight = self.states[conn.src], r.weights[c]
+        source, weight = self.state(conn.src), r.weights[c]
         assert source is not None
-        z = reference.convolve(_cast(source, r.operands), _cast(weight, r.operands), conn.stride, conn.padding)
+        z = reference.convolve(cast(source, r.operands), cast(weight, r.operands), conn.stride, conn.padding)
         frozen = self.winners[c] if r.frozen and conn.pool == "max" else None
         pooled, winners = reference.pool_map(z.to(source.dtype), conn.pool, frozen)
         if winners is not None:
@@ -153,13 +165,13 @@ class _Run:
 
     def feedback(self, c: int) -> Tensor:
         r, conn = self.r, self.r.network.connections[c]
-        above, weight, shape = self.states[conn.dst], r.weights[c], r.network.shapes[conn.src]
+        above, weight, shape = self.state(conn.dst), r.weights[c], r.network.shapes[conn.src]
         assert above is not None
         winners = self.winners.get(c)
         if winners is None and conn.pool == "max":  # the source is still zero: every tie goes to the first
             winners = torch.zeros_like(above, dtype=torch.uint8)
         back = reference.feedback(
-            _cast(above, r.operands), _cast(weight, r.operands), shape, conn.stride, conn.padding, conn.pool, winners
+            cast(above, r.operands), cast(weight, r.operands), shape, conn.stride, conn.padding, conn.pool, winners
         )
         return back.to(above.dtype)
 
@@ -169,18 +181,19 @@ class _Run:
 
     def nudge(self, node: int) -> None:
         r = self.r
-        state = self.states[node]
+        state = self.state(node)
         if r.form != "states":
             # the tangent is taken at the free equilibrium itself
-            free = r.free[node].repeat(r.phases, *[1] * (r.free[node].dim() - 1))
+            free = r.free[node].to(self.dtype).repeat(r.phases, *[1] * (r.free[node].dim() - 1))
             state = free if state is None or r.form == "tangent" else free + state / r.scales[node]
         elif state is None:
             state = self.new((r.batch, *r.network.shapes[node])).zero_()
         total = torch.zeros_like(state)
-        for h, head in enumerate(r.network.heads):
+        for h, target in enumerate(r.targets):
+            head = r.network.heads[h]
             if head.node == node:
-                target = r.targets[h].repeat(r.phases, *[1] * (r.targets[h].dim() - 1))
-                total = total + reference.head_gradient(head, state, r.head_weights[h], r.head_biases[h], target)
+                tiled = target.repeat(r.phases, *[1] * (target.dim() - 1))
+                total = total + reference.head_gradient(head, state, r.head_weights[h], r.head_biases[h], tiled)
         if node in r.extra:
             total = total + r.extra[node].repeat(r.phases, *[1] * (state.dim() - 1))
         self.nudges[node] = total
@@ -190,7 +203,7 @@ class _Run:
         net = r.network
         shape = (r.batch, *net.shapes[node])
         trailing = [1] * (len(shape) - 1)
-        old = self.states[node]
+        old = self.state(node)
         if old is None:
             old = self.new(shape).zero_()
         a = torch.zeros_like(old)
@@ -208,15 +221,11 @@ class _Run:
             a = a + r.nudge_gains[node] * self.sign.view(-1, *trailing) * self.nudges[node]
         pre = r.preactivations[node].repeat(r.phases, *trailing) if r.form != "states" else None
         damping = self.damping if r.form == "states" else r.damping
-        new = reference.step(old, a, r.form, damping, net.slope, net.lo, net.hi, pre, r.scales[node])
+        new = reference.step(old, a, r.form, damping, net.slope, net.lo, net.hi, pre, r.scales[node]).to(self.storage)
         self.pre[node] = net.slope * a
-        change = (new - old).abs().flatten(1).amax(1) / r.scales[node]
+        change = (new.to(self.dtype) - old).abs().flatten(1).amax(1) / r.scales[node]
         self.change = torch.maximum(self.change, change)
         if r.plan.deferred:
             self.pending[node] = new
         else:
             self.states[node] = new
-
-
-def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return x if dtype is None else x.to(dtype)

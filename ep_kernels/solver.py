@@ -16,6 +16,7 @@ from .config import RelaxConfig
 from .network import Network, Shape
 from .parameters import Parameters
 from .plan import Plan, Step, compile_plan
+from .precision import Operands
 from .relaxation import Relaxation, Relaxed
 
 log = logging.getLogger("ep_kernels")
@@ -26,7 +27,7 @@ class Equilibrium:
     """Result of the free phase.
 
     Attributes:
-        states: per node, [B, ...]; index 0 is the clamped input.
+        states: per node, [B, ...]; index 0 is the clamped input, the others are float16 if that is the ``storage``.
         preactivations: per node, gamma a of its last update ([] when not kept).
         drives, winners: by connection: drives that are those of the final states, winners of the last ones computed
             (those of the final states if kept).
@@ -51,6 +52,7 @@ class Nudged:
     """Result of the nudged phases: ``deltas[i] / scales[i] = s^i - s_free^i``, [B, ...] or [2B, ...] (+beta first).
 
     Attributes:
+        deltas: per node; in float16 if that is the ``storage`` of the delta form, else in the parameters' dtype.
         beta: signed: -beta for the ``negative`` estimator.
         centre: weight of the deltas in the contrast's mean: 1/2, or 0 for the tangent.
         trace: [steps, n], the residual of every sweep, in the states' units.
@@ -81,7 +83,7 @@ def free_phase(
 
     Args:
         x: the clamped input, [B, C, H, W] or [B, F].
-        states: warm start, per node (index 0 is not read).
+        states: warm start, per node (index 0 is not read), in x's dtype or float16.
         keep: keep what the nudged phases need (preactivations, up-to-date winners).
         backend: name; None is the current one (:func:`ep_kernels.backend`).
 
@@ -94,8 +96,8 @@ def free_phase(
     if states is not None:
         _check_states(network, states, x)
     plan = compile_plan(network, config.schedule, "free", warm=warm, steps=config.free_steps)
-    start = [x, *(states[1:] if states is not None else [None] * (len(network.shapes) - 1))]
     nodes, count = len(network.shapes), len(network.connections)
+    start = [x, *(_stored(states[1:], x, config) if states is not None else [None] * (nodes - 1))]
     relaxed = backends.relax(
         Relaxation(
             network,
@@ -112,6 +114,7 @@ def free_phase(
             damping=config.free_damping(network.feedback_gain),
             tol=config.tol,
             operands=config.operands,
+            storage=config.storage,
             keep=keep,
         ),
         backend,
@@ -158,6 +161,7 @@ def nudged_phase(
         raise ValueError("nudged_phase: argument 'equilibrium': expected one found with keep=True, got one without")
     x = equilibrium.states[0]
     _check_targets(network, targets, extra, equilibrium.states)
+    free = [x, *_stored(equilibrium.states[1:], x, config)]
     form = config.nudge_form
     phases = 2 if config.estimator == "symmetric" else 1
     beta = 1.0 if form == "tangent" else -config.beta if config.estimator == "negative" else config.beta
@@ -179,7 +183,7 @@ def nudged_phase(
     batch = phases * x.shape[0]
     count = len(network.connections)
     if form == "states":
-        start: list[Tensor | None] = [_tile(s, phases) for s in equilibrium.states]
+        start: list[Tensor | None] = [_tile(s, phases) for s in free]
     else:
         start = [None] * len(network.shapes)
     ratio = [scales[conn.dst] / scales[conn.src] if conn.src else 1.0 for conn in network.connections]
@@ -198,7 +202,7 @@ def nudged_phase(
                 -beta * network.nudge_coefficient(i) * scales[i] if i else 0.0 for i in range(len(network.shapes))
             ],
             scales=scales,
-            free=equilibrium.states,
+            free=free,
             preactivations=[t if t is not None else x for t in equilibrium.preactivations],
             drives=equilibrium.drives if form == "states" else {},
             winners=equilibrium.winners,
@@ -211,14 +215,15 @@ def nudged_phase(
             frozen=config.winners == "frozen",
             phases=phases,
             operands=config.operands,
+            storage=config.storage,
             keep=config.winners == "live",
         ),
         backend,
     )
     deltas: list[Tensor | None] = [None]
-    for free, state in zip(equilibrium.states[1:], relaxed.states[1:], strict=True):
+    for before, state in zip(free[1:], relaxed.states[1:], strict=True):
         assert state is not None
-        deltas.append(state - _tile(free, phases) if form == "states" else state)
+        deltas.append(state.to(x.dtype) - _tile(before.to(x.dtype), phases) if form == "states" else state)
     centre = 0.0 if form == "tangent" else 0.5
     return Nudged(deltas, scales, phases, beta, centre, relaxed.residual, relaxed.winners)
 
@@ -231,12 +236,16 @@ def contrast_gradients(
     nudged: Nudged,
     targets: Sequence[Tensor],
     *,
+    operands: Operands = None,
     backend: str | None = None,
 ) -> Parameters:
     """Gradients of the batch-mean loss from the two phases (Laborieux et al. 2021, with the feedback gain).
 
     ``dL/dW_c = -k^(level(dst)-N) ( d<s^dst, drive_c>/dW at +beta - the same at -beta ) / (2 beta)``; heads get the mean
     of their ordinary gradients at the contrasted states.
+
+    Args:
+        operands: precision of the operands of the two matrix products, as in :class:`RelaxConfig`.
     """
     x = equilibrium.states[0]
     batch = max(x.shape[0], 1)
@@ -259,6 +268,7 @@ def contrast_gradients(
             target_gain=1 / nudged.scales[conn.dst],
             centre=nudged.centre,
             scale=-1 / (level_gain * span * batch),
+            operands=operands,
             backend=backend,
         )
         weights.append(weight)
@@ -279,15 +289,19 @@ def ep_gradients(
     backend: str | None = None,
 ) -> tuple[Parameters, Equilibrium]:
     """One EP step: free phase, nudged phases, contrast. Returns the gradients and the free equilibrium."""
+    config = config or RelaxConfig()
     equilibrium = free_phase(network, parameters, x, config, states=states, keep=True, backend=backend)
     nudged = nudged_phase(network, parameters, equilibrium, targets, config, extra=extra, backend=backend)
-    return contrast_gradients(network, parameters, equilibrium, nudged, targets, backend=backend), equilibrium
+    gradients = contrast_gradients(
+        network, parameters, equilibrium, nudged, targets, operands=config.operands, backend=backend
+    )
+    return gradients, equilibrium
 
 
 def readout(network: Network, parameters: Parameters, equilibrium: Equilibrium, head: int = 0) -> Tensor:
     """Outputs of a head (0: the readout) at the equilibrium: logits, or values for ``mse``; [B, outputs]."""
     spec = network.heads[head]
-    state = equilibrium.states[spec.node]
+    state = equilibrium.states[spec.node].to(parameters.weights[0].dtype)
     return reference.head_output(spec, state, parameters.head_weights[head], parameters.head_biases[head])
 
 
@@ -353,13 +367,13 @@ def _head_gradients(
     weights: list[Tensor | None] = []
     biases: list[Tensor | None] = []
     for h, head in enumerate(network.heads):
-        weight, free = parameters.head_weights[h], equilibrium.states[head.node]
+        weight, found = parameters.head_weights[h], nudged.deltas[head.node]
         if weight is None:
             weights.append(None)
             biases.append(None)
             continue
-        delta = nudged.deltas[head.node]
-        assert delta is not None
+        assert found is not None
+        free, delta = equilibrium.states[head.node].to(weight.dtype), found.to(weight.dtype)
         if nudged.centre == 0.0:  # tangent: both phases are the free equilibrium
             state, tiles = free, 1
         elif nudged.phases == 2:
@@ -381,6 +395,11 @@ def _head_gradients(
 
 def _tile(x: Tensor, times: int) -> Tensor:
     return x if times == 1 else torch.cat([x] * times)
+
+
+def _stored(states: Sequence[Tensor | None], x: Tensor, config: RelaxConfig) -> list[Tensor]:
+    """States (of a run that may have stored them otherwise) in the dtype that ``config`` stores them in."""
+    return [s.to(config.storage or x.dtype) for s in states if s is not None]
 
 
 def _steps_run(relaxed: Relaxed, config: RelaxConfig) -> int:
@@ -409,17 +428,20 @@ def _check_states(network: Network, states: Sequence[Tensor | None], x: Tensor) 
         raise ValueError(f"free_phase: argument 'states': expected {len(network.shapes)} entries, got {len(states)}")
     for i, (state, shape) in enumerate(zip(states, network.shapes, strict=True)):
         if i:
-            _check_tensor("free_phase", f"states[{i}]", state, (x.shape[0], *shape), x)
+            _check_tensor("free_phase", f"states[{i}]", state, (x.shape[0], *shape), x, torch.float16)
 
 
-def _check_tensor(fn: str, name: str, tensor: Tensor | None, shape: Shape, like: Tensor) -> None:
-    """Raise ValueError unless the tensor has this shape, and the dtype and device of ``like``."""
+def _check_tensor(
+    fn: str, name: str, tensor: Tensor | None, shape: Shape, like: Tensor, other: torch.dtype | None = None
+) -> None:
+    """Raise ValueError unless the tensor has this shape, the dtype (or ``other``) and the device of ``like``."""
     if tensor is None or tuple(tensor.shape) != tuple(shape):
         got = None if tensor is None else list(tensor.shape)
         raise ValueError(f"{fn}: argument '{name}': expected shape {list(shape)}, got {got}")
-    if tensor.dtype != like.dtype or tensor.device != like.device:
+    if tensor.dtype not in (like.dtype, other) or tensor.device != like.device:
+        dtypes = f"{like.dtype}" if other in (None, like.dtype) else f"{like.dtype} or {other}"
         raise ValueError(
-            f"{fn}: argument '{name}': expected {like.dtype} on {like.device} (as 'x'), "
+            f"{fn}: argument '{name}': expected {dtypes} on {like.device} (as 'x'), "
             f"got {tensor.dtype} on {tensor.device}"
         )
 

@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor> contrast(const Tensor& source, const std::optional<Te
                                     const Tensor& target, const Tensor& target_delta, const Ints& weight_shape,
                                     const Ints& stride, const Ints& padding, int64_t pool,
                                     const std::optional<Tensor>& winners, double source_gain, double target_gain,
-                                    double centre, double scale) {
+                                    double centre, double scale, int64_t operands) {
   EP_CHECK(weight_shape.size() == 4 || weight_shape.size() == 2, kOp, "weight_shape", "2 or 4 sizes",
            list(weight_shape));
   for (int64_t n : weight_shape) EP_CHECK(n > 0, kOp, "weight_shape", "positive sizes", list(weight_shape));
@@ -127,6 +127,8 @@ std::tuple<Tensor, Tensor> contrast(const Tensor& source, const std::optional<Te
        {std::pair{"source_gain", source_gain}, {"target_gain", target_gain}, {"centre", centre}, {"scale", scale}}) {
     EP_CHECK(std::isfinite(value), kOp, name, "a finite number", value);
   }
+
+  check_operands(kOp, operands);  // the products are those of the tensors themselves, whatever it says
 
   const int64_t batch = source.size(0);
   const Tensor bias = zeros({weight_shape[0]}, source);

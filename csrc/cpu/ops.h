@@ -14,6 +14,7 @@ Geometry geometry_of(const char* op, const Tensor& weight, const Ints& stride, c
 // Raise on hyper-parameters out of range or not finite.
 void check_dynamics(const char* op, double damping, double slope, double lo, double hi, int64_t form, int64_t phases,
                     int64_t batch);
+void check_operands(const char* op, int64_t operands);
 void check_finite(const char* op, const char* argument, const Floats& values);
 
 std::tuple<Tensor, Tensor> drive(const Tensor& source, const Tensor& weight, const Ints& stride, const Ints& padding,
@@ -31,14 +32,14 @@ std::tuple<Tensor, Tensor> contrast(const Tensor& source, const std::optional<Te
                                     const Tensor& target, const Tensor& target_delta, const Ints& weight_shape,
                                     const Ints& stride, const Ints& padding, int64_t pool,
                                     const std::optional<Tensor>& winners, double source_gain, double target_gain,
-                                    double centre, double scale);
+                                    double centre, double scale, int64_t operands);
 
 std::tuple<Tensors, Tensors, Tensors, Tensors, Tensor> relax(
     const Tensors& states, const Tensors& weights, const Tensors& biases, const Tensors& drives, const Tensors& winners,
     const Tensors& free, const Tensors& preactivations, const Tensors& heads, const Tensors& extra, const Ints& shapes,
     const Ints& connections, const Ints& head_spec, const Ints& program, const Floats& drive_gains,
     const Floats& feedback_gains, const Floats& nudge_gains, const Floats& scales, const Floats& head_scalars,
-    int64_t batch, int64_t phases, int64_t steps, int64_t form, bool frozen, bool deferred, bool bfloat16, bool keep,
-    double damping, double slope, double lo, double hi, double tol);
+    int64_t batch, int64_t phases, int64_t steps, int64_t form, bool frozen, bool deferred, int64_t operands,
+    int64_t storage, bool keep, double damping, double slope, double lo, double hi, double tol);
 
 }  // namespace ep::cpu

@@ -292,8 +292,8 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensor> relax(
     const Tensors& free, const Tensors& preactivations, const Tensors& heads, const Tensors& extra, const Ints& shapes,
     const Ints& connections, const Ints& head_spec, const Ints& program, const Floats& drive_gains,
     const Floats& feedback_gains, const Floats& nudge_gains, const Floats& scales, const Floats& head_scalars,
-    int64_t batch, int64_t phases, int64_t steps, int64_t form, bool frozen, bool deferred, bool bfloat16, bool keep,
-    double damping, double slope, double lo, double hi, double tol) {
+    int64_t batch, int64_t phases, int64_t steps, int64_t form, bool frozen, bool deferred, int64_t operands,
+    int64_t storage, bool keep, double damping, double slope, double lo, double hi, double tol) {
   const size_t nodes = states.size(), count = weights.size();
   EP_CHECK(nodes >= 2, kOp, "states", "the input and at least one node", nodes);
   EP_CHECK(count >= 1, kOp, "weights", "at least one", count);
@@ -302,6 +302,8 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensor> relax(
   EP_CHECK(steps >= 1 && steps <= most, kOp, "steps", "1 to " << most << " (a residual is kept for each)", steps);
   EP_CHECK(std::isfinite(tol) && tol >= 0, kOp, "tol", "a finite number >= 0", tol);
   check_dynamics(kOp, damping, slope, lo, hi, form, phases, batch);
+  check_operands(kOp, operands);
+  EP_CHECK(storage == 0, kOp, "storage", "0 (states in their own dtype: this backend stores no other)", storage);
   const bool delta = form != 0;
   const int64_t samples = batch / phases;  // of the free phase
   check_count("biases", biases.size(), nodes);
@@ -335,7 +337,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensor> relax(
   p.deferred = deferred;
   p.keep = keep;
   p.dtype = like.scalar_type();
-  p.operands = bfloat16 ? ScalarType::BFloat16 : p.dtype;
+  p.operands = operands == 2 ? ScalarType::Half : operands == 3 ? ScalarType::BFloat16 : p.dtype;
   p.dynamics = {damping, slope, lo, hi, 1.0, static_cast<Form>(form)};
   p.tol = tol;
 

@@ -38,6 +38,11 @@ void check_finite(const char* op, const char* argument, const Floats& values) {
   for (double v : values) EP_CHECK(std::isfinite(v), op, argument, "finite numbers", v);
 }
 
+void check_operands(const char* op, int64_t operands) {
+  EP_CHECK(operands >= 0 && operands <= 3, op, "operands", "0 (own dtype), 1 (tf32), 2 (float16) or 3 (bfloat16)",
+           operands);
+}
+
 std::tuple<Tensor, Tensor, Tensor> relax_step(
     const Tensor& state, const std::optional<Tensor>& bias, const Tensors& drives, const Floats& drive_gains,
     const Tensors& below, const Tensors& below_weights, const Ints& below_geometry, const Floats& below_gains,

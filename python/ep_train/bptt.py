@@ -98,6 +98,7 @@ def bptt_gradients(
         with torch.no_grad():
             run = replace(config, free_steps=before)
             start = free_phase(network, parameters, x, run, states=None if states is None else start).states
+    start = [s.to(x.dtype) for s in start]
     named = {name: t.detach().requires_grad_() for name, t in parameters.named().items()}
     leaves = Parameters.from_named(network, named)
     with torch.enable_grad():

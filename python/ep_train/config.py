@@ -5,14 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from ep_kernels import RelaxConfig
+from ep_kernels.precision import Operands
 
 Method = Literal["ep", "bptt"]
 Estimator = Literal["symmetric", "positive", "negative", "random_sign", "tangent"]
+OPERANDS: dict[str, Operands] = {
+    "float32": None,
+    "tf32": "tf32",
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+STORAGES: dict[str, torch.dtype | None] = {"float32": None, "float16": torch.float16}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,8 +107,10 @@ class TrainConfig:
     """Of the initial weights, the held-out images, the order of the batches and random signs."""
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Which kernels run."""
-    operands: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the convolutions' operands."""
+    operands: Literal["float32", "tf32", "float16", "bfloat16"] = "float32"
+    """Precision of the operands of convolutions and matrix products (tf32: on GPUs; elsewhere it is float32)."""
+    storage: Literal["float32", "float16"] = "float32"
+    """Precision of the states in memory."""
     threads: int | None = None
     """CPU threads (default: torch's)."""
     out: Path | None = None
@@ -145,5 +156,12 @@ class TrainConfig:
             damping=self.damping,
             over_relaxation=self.over_relaxation,
             tol=self.tol,
-            operands=torch.bfloat16 if self.operands == "bfloat16" else None,
+            operands=_named("operands", OPERANDS, self.operands),
+            storage=_named("storage", STORAGES, self.storage),
         )
+
+
+def _named(argument: str, values: dict[str, T], name: str) -> T:
+    if name not in values:
+        raise ValueError(f"TrainConfig: argument '{argument}': expected one of {', '.join(values)}, got {name!r}")
+    return values[name]

@@ -66,7 +66,8 @@ class Trainer:
             DataError, ValueError: the data cannot be read, or an argument does not fit it.
         """
         self.config = config
-        backends.choose(name=config.backend)  # one that cannot run is refused before anything is written
+        # one that cannot run is refused before anything is written
+        backends.choose(name=config.backend, storage=config.relax_config().storage)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if dataset is None:
@@ -247,7 +248,8 @@ class Trainer:
         """One line that says what is trained, by which method and on which backend."""
         config = self.config
         count = sum(p.numel() for p in self.model.parameters())
-        backend = backends.choose(name=None) if config.method == "ep" else "autograd"
+        storage = config.relax_config().storage
+        backend = backends.choose(name=None, storage=storage) if config.method == "ep" else "autograd"
         how = f"k {config.feedback_gain:g}, {config.schedule}, {config.free_steps} + {config.nudged_steps} sweeps"
         return (
             f"{self.dataset.source}: {config.model_name} ({count / 1e6:.2f} M parameters) by {config.method}, {how}, "

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ep_kernels
-from ep_kernels import BackendError, _library, backend, backends, free_phase
+from ep_kernels import BackendError, RelaxConfig, _library, backend, backends, free_phase
 from tests.core.nets import NETWORKS, problem
 
 
@@ -71,6 +71,23 @@ def test_a_named_backend_refuses_a_dtype_or_a_device_that_it_has_no_kernels_for(
     with pytest.raises(BackendError, match="it runs on cpu tensors, these are on cuda:1"):
         backends.choose("cuda:1", torch.float32, "cpu")
     assert backends.choose("cuda:1", torch.float16, "reference") == "reference"
+
+
+def test_states_in_float16_are_not_for_the_compiled_backend(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="ep_kernels")
+    p = problem(NETWORKS["max"])
+    config = RelaxConfig(storage=torch.float16)
+    found = [free_phase(p.network, p.parameters, p.x, config).states[1].dtype for _ in range(2)]
+    assert found == [torch.float16] * 2
+    reason = "it stores states in the parameters' dtype, not in torch.float16"
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages.count(f"backend cpu is not used: {reason}") == 1
+    with pytest.raises(BackendError, match=f"^backend 'cpu' cannot run: {reason}$"):
+        free_phase(p.network, p.parameters, p.x, config, backend="cpu")
+    with pytest.raises(BackendError, match=reason), backend("cpu"):
+        ep_kernels.ep_gradients(p.network, p.parameters, p.x, p.targets, config)
+    assert backends.choose(name="reference", storage=torch.float16) == "reference"
+    assert backends.choose(storage=torch.float16) == "reference"
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "CPU"])

@@ -59,7 +59,7 @@ torch.ops.load_library(sys.argv[1])
 new = lambda *shape: torch.randn(*shape)
 with torch.autocast("cpu", dtype=torch.bfloat16):
     weight, bias = torch.ops.ep_kernels.contrast(
-        new(3, 5), None, new(3, 4), new(3, 4), [4, 5], [1, 1], [0, 0], 0, None, 1.0, 1.0, 0.5, 1.0)
+        new(3, 5), None, new(3, 4), new(3, 4), [4, 5], [1, 1], [0, 0], 0, None, 1.0, 1.0, 0.5, 1.0, 0)
     pooled, winners = torch.ops.ep_kernels.drive(new(2, 3, 7, 5), new(4, 3, 3, 3), [1, 1], [1, 1], 1, None)
 print(weight.dtype, pooled.dtype)
 """

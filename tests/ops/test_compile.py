@@ -34,9 +34,11 @@ def two_layers(x: Tensor, state: Tensor, above: Tensor, weight: Tensor, weight_a
     new, residual, a = functional.relax_step(
         state, bias, drives=[drive], above=[neighbour], nudge=up.mean() * state, nudge_gain=-0.1, damping=0.9
     )
-    options = ([1, 1], [1, 1], 1, winners, 1.0, 1.0, 0.5, -0.25)
+    options = ([1, 1], [1, 1], 1, winners, 1.0, 1.0, 0.5, -0.25, 0)
     raw = torch.ops.ep_kernels.contrast(x, None, new, new - state, list(weight.shape), *options)
-    same = functional.contrast(x, None, new, new - state, weight.shape, (1, 1), (1, 1), "max", winners, scale=-0.25)
+    same = functional.contrast(
+        x, None, new, new - state, weight.shape, (1, 1), (1, 1), "max", winners, scale=-0.25, operands="tf32"
+    )
     return new.sin(), residual, a, *raw, *same
 
 

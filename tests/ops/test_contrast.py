@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from ep_kernels import backend, functional
-from tests.ops.inputs import DTYPES, LAYOUTS, TOLERANCE, Maker, Sample, assert_same, sample_inputs
+from ep_kernels import backend, functional, ops
+from tests.ops.inputs import DTYPES, LAYOUTS, TOLERANCE, Maker, Sample, assert_same, relative_error, sample_inputs
 
 SAMPLES = [(dtype, s) for dtype in DTYPES for s in sample_inputs("contrast", dtype, thorough=True)]
 FEW = list(sample_inputs("contrast"))
@@ -123,6 +125,24 @@ def test_refuses_to_be_differentiated() -> None:
     weight, _ = functional.contrast(source, None, torch.ones(2, 4), torch.ones(2, 4), (4, 3))
     with pytest.raises(RuntimeError, match=r"ep_kernels::contrast has no derivative.*ep_gradients.*bptt_gradients"):
         weight.sum().backward()
+
+
+@pytest.mark.parametrize("sample", FEW[::3], ids=ids)
+def test_operands_are_not_rounded(sample: Sample) -> None:
+    """The CPU multiplies in the dtype of the tensors, whatever the precision; the reference rounds."""
+    *raw, own = sample.raw()
+    assert own == 0
+    expected = ops.contrast(*raw, own)
+    for code in (1, 2, 3):
+        assert_same(ops.contrast(*raw, code), expected, 0)
+    low = replace(sample, kwargs={**sample.kwargs, "operands": torch.bfloat16})
+    assert low.raw()[-1] == 3
+    assert_same(low.run(), sample.run(), 0)
+    if expected[0].any():
+        weight, full = low.run("reference")[0], sample.run("reference")[0]
+        assert weight is not None
+        assert full is not None
+        assert 0 < relative_error(weight, full) < 0.03
 
 
 @pytest.mark.parametrize("sample", FEW[::2], ids=ids)

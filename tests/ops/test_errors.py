@@ -158,6 +158,8 @@ CONTRAST_ROWS: list[Row] = [
     ({"centre": nan}, "centre", "a finite number", "nan"),
     ({"source_gain": nan}, "source_gain", "a finite number", "nan"),
     ({"target_gain": inf}, "target_gain", "a finite number", "inf"),
+    ({"operands": torch.float64}, "operands", "one of None, tf32, torch.float16, torch.bfloat16", "torch.float64"),
+    ({"operands": "half"}, "operands", "one of None, tf32, torch.float16, torch.bfloat16", "'half'"),
     ({"stride": (0, 0)}, "stride", "two integers >= 1", "(0, 0)"),
 ]
 
@@ -336,6 +338,7 @@ RAW: dict[str, tuple[Change, list[Row]]] = {
             ({"centre": inf}, "centre", "a finite number", "inf"),
             ({"source_gain": nan}, "source_gain", "a finite number", "nan"),
             ({"target_gain": inf}, "target_gain", "a finite number", "inf"),
+            ({"operands": 4}, "operands", "0 (own dtype), 1 (tf32), 2 (float16) or 3 (bfloat16)", "4"),
         ],
     ),
     "relax": (
@@ -361,6 +364,8 @@ RAW: dict[str, tuple[Change, list[Row]]] = {
             ({"lo": 2.0}, "lo, hi", "lo < hi", "2, 0.9"),
             ({"tol": nan}, "tol", ">= 0", "nan"),
             ({"tol": -1.0}, "tol", ">= 0", "-1"),
+            ({"operands": -1}, "operands", "0 (own dtype), 1 (tf32), 2 (float16) or 3 (bfloat16)", "-1"),
+            ({"storage": 1}, "storage", "0 (states in their own dtype: this backend stores no other)", "1"),
             (free(scales=lambda v: at(v, 1, 0.0)), "scales", "> 0", "0"),
             (free(drive_gains=lambda v: at(v, 0, inf)), "drive_gains", "finite", "inf"),
             (free(feedback_gains=lambda v: at(v, 0, nan)), "feedback_gains", "finite", "nan"),

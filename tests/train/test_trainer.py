@@ -110,16 +110,45 @@ def test_options_reach_the_relaxation() -> None:
         over_relaxation=1.2,
         tol=1e-3,
         operands="bfloat16",
+        storage="float16",
     )
     relax = config.relax_config()
+    dtypes = {"operands": torch.bfloat16, "storage": torch.float16}
     for name, value in asdict(relax).items():
-        assert value == (torch.bfloat16 if name == "operands" else getattr(config, name)), name
+        assert value == dtypes.get(name, getattr(config, name)), name
 
 
-def test_bfloat16_operands_train(tmp_path: Path) -> None:
-    full, half = (run(tmp_path / o, operands=o)[1][-1]["train_loss"] for o in ("float32", "bfloat16"))
+def test_names_of_precisions() -> None:
+    operands = {"float32": None, "tf32": "tf32", "float16": torch.float16, "bfloat16": torch.bfloat16}
+    for name, value in operands.items():
+        assert replace(TINY, operands=name).relax_config().operands == value
+    assert [replace(TINY, storage=s).relax_config().storage for s in ("float32", "float16")] == [None, torch.float16]
+    with pytest.raises(
+        ValueError, match="argument 'operands': expected one of float32, tf32, float16, bfloat16, got 'f'"
+    ):
+        replace(TINY, operands="f")
+    with pytest.raises(ValueError, match="argument 'storage': expected one of float32, float16, got 'bfloat16'"):
+        replace(TINY, storage="bfloat16")
+
+
+def test_low_precision_operands_train(tmp_path: Path) -> None:
+    full, *low = (run(tmp_path / o, operands=o)[1][-1]["train_loss"] for o in ("float32", "bfloat16", "float16"))
+    assert full not in low
+    assert low == pytest.approx([full] * 2, rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["ep", "bptt"])
+def test_states_stored_in_float16_train(method: Any, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"method": method, "backend": "reference", "free_steps": 5}
+    full, half = (run(tmp_path / s, storage=s, **changes)[1][-1]["train_loss"] for s in ("float32", "float16"))
     assert half != full
     assert half == pytest.approx(full, rel=0.05)
+
+
+def test_a_backend_that_cannot_store_so(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="backend 'cpu' cannot run: it stores states in the parameters' dtype"):
+        run(tmp_path, backend="cpu", storage="float16")
+    assert not (tmp_path / "run").exists()
 
 
 def test_images_are_augmented(tmp_path: Path) -> None:
