@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _library, reference, relax_op
-from .network import POOLS, Connection
-from .precision import OPERANDS, Operands
-from .relaxation import Relaxation, Relaxed, relax_reference
+from .relaxation import Contrast, Relaxation, Relaxed, relax_reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "EP_KERNELS_BACKEND"
@@ -104,67 +102,38 @@ def relax(relaxation: Relaxation, name: str | None = None) -> Relaxed:
     return relax_op.relax(relaxation)
 
 
-def contrast(
-    source: Tensor,
-    source_delta: Tensor | None,
-    target: Tensor,
-    target_delta: Tensor,
-    weight: Tensor,
-    conn: Connection,
-    winners: Tensor | None,
-    *,
-    source_gain: float,
-    target_gain: float,
-    centre: float,
-    scale: float,
-    operands: Operands = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Contrast of one connection on the chosen backend; see :func:`ep_kernels.reference.contrast`.
+def contrasts(jobs: Sequence[Contrast], name: str | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Gradients of the weight and the bias of each connection on the chosen backend.
 
-    States and deltas may be stored in another dtype than the weight's, which is computed in. ``cpu`` does not round the
-    products' operands, whatever ``operands`` says.
+    ``cpu`` does not round the products' operands, whatever ``operands`` says.
     """
-    won = winners if conn.pool == "max" else None
-    chosen = choose(weight.device, weight.dtype, backend)
+    weight = jobs[0].weight
+    chosen = choose(weight.device, weight.dtype, name)
     if chosen == "triton" and not torch.compiler.is_compiling():
-        from .triton import ops
+        from . import triton
 
-        return ops.contrast(
-            source,
-            source_delta,
-            target,
-            target_delta,
-            weight.shape,
-            conn.stride,
-            conn.padding,
-            POOLS.index(conn.pool),
-            won,
-            source_gain,
-            target_gain,
-            centre,
-            scale,
-            OPERANDS.index(operands),
-            dtype=weight.dtype,
-        )
-    source, target, target_delta = (t.to(weight.dtype) for t in (source, target, target_delta))
-    source_delta = None if source_delta is None else source_delta.to(weight.dtype)
+        return triton.contrasts(jobs)
     run = reference.contrast if chosen == "reference" else relax_op.contrast
+    return [_contrast(run, job) for job in jobs]
+
+
+def _contrast(run: Callable[..., tuple[Tensor, Tensor]], job: Contrast) -> tuple[Tensor, Tensor]:
+    conn, dtype = job.connection, job.weight.dtype
     return run(
-        source,
-        source_delta,
-        target,
-        target_delta,
-        weight.shape,
+        job.source.to(dtype),
+        None if job.source_delta is None else job.source_delta.to(dtype),
+        job.target.to(dtype),
+        job.target_delta.to(dtype),
+        job.weight.shape,
         conn.stride,
         conn.padding,
         conn.pool,
-        won,
-        source_gain=source_gain,
-        target_gain=target_gain,
-        centre=centre,
-        scale=scale,
-        operands=operands,
+        job.winners,
+        source_gain=job.source_gain,
+        target_gain=job.target_gain,
+        centre=job.centre,
+        scale=job.scale,
+        operands=job.operands,
     )
 
 

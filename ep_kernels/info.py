@@ -32,6 +32,7 @@ from ep_kernels import _library, backends
 ISAS = ("baseline", "avx2", "avx512")  # in the order of the op cpu_isa
 ENVIRONMENT = (
     "EP_KERNELS_BACKEND",
+    "EP_KERNELS_CACHE",
     "EP_KERNELS_ISA",
     "EP_KERNELS_BUILD",
     "MAX_JOBS",

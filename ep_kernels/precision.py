@@ -12,11 +12,9 @@ OPERANDS: tuple[Operands, ...] = (None, "tf32", torch.float16, torch.bfloat16)  
 STORAGES: tuple[torch.dtype | None, ...] = (None, torch.float16)  # likewise
 
 
-def cast(x: Tensor, operands: Operands) -> Tensor:
-    """``x`` as an operand. tf32 is a mode of tensor cores, no dtype: here its products are those of ``x`` itself."""
-    return x.to(operands) if isinstance(operands, torch.dtype) else x
-
-
 def rounded(x: Tensor, operands: Operands) -> Tensor:
-    """``x`` with the digits that it has as an operand, in its own dtype: what products that accumulate in it read."""
-    return cast(x, operands).to(x.dtype)
+    """``x`` with the digits that it has as an operand, in its own dtype: what products that accumulate in it read.
+
+    tf32 is a mode of tensor cores, no dtype: here its products are those of ``x`` itself.
+    """
+    return x.to(operands).to(x.dtype) if isinstance(operands, torch.dtype) else x

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .network import Network
+from .network import Connection, Network
 from .plan import Drive, Form, Launch, Nudge, Plan, Step
-from .precision import Operands, cast
+from .precision import Operands, rounded
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,28 @@ class Relaxation:
     operands: Operands = None
     storage: torch.dtype | None = None
     keep: bool = False
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The contrast of one connection, ready to run: arguments of :func:`ep_kernels.reference.contrast`.
+
+    States and deltas may be stored in another dtype than ``weight``, of which only the shape and the dtype (that of the
+    gradients) are read.
+    """
+
+    connection: Connection
+    weight: Tensor
+    source: Tensor
+    source_delta: Tensor | None
+    target: Tensor
+    target_delta: Tensor
+    winners: Tensor | None
+    source_gain: float
+    target_gain: float
+    centre: float
+    scale: float
+    operands: Operands
 
 
 @dataclass(frozen=True)
@@ -156,9 +178,9 @@ class _Run:
         r, conn = self.r, self.r.network.connections[c]
         source, weight = self.state(conn.src), r.weights[c]
         assert source is not None
-        z = reference.convolve(cast(source, r.operands), cast(weight, r.operands), conn.stride, conn.padding)
+        z = reference.convolve(rounded(source, r.operands), rounded(weight, r.operands), conn.stride, conn.padding)
         frozen = self.winners[c] if r.frozen and conn.pool == "max" else None
-        pooled, winners = reference.pool_map(z.to(source.dtype), conn.pool, frozen)
+        pooled, winners = reference.pool_map(z, conn.pool, frozen)
         if winners is not None:
             self.winners[c] = winners
         return pooled
@@ -170,10 +192,15 @@ class _Run:
         winners = self.winners.get(c)
         if winners is None and conn.pool == "max":  # the source is still zero: every tie goes to the first
             winners = torch.zeros_like(above, dtype=torch.uint8)
-        back = reference.feedback(
-            cast(above, r.operands), cast(weight, r.operands), shape, conn.stride, conn.padding, conn.pool, winners
+        return reference.feedback(
+            rounded(above, r.operands),
+            rounded(weight, r.operands),
+            shape,
+            conn.stride,
+            conn.padding,
+            conn.pool,
+            winners,
         )
-        return back.to(above.dtype)
 
     def drive(self, c: int) -> None:
         self.drives[c] = self.convolve(c)

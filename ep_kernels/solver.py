@@ -17,7 +17,7 @@ from .network import Network, Shape
 from .parameters import Parameters
 from .plan import Plan, Step, compile_plan
 from .precision import Operands
-from .relaxation import Relaxation, Relaxed
+from .relaxation import Contrast, Relaxation, Relaxed
 
 log = logging.getLogger("ep_kernels")
 
@@ -250,28 +250,31 @@ def contrast_gradients(
     x = equilibrium.states[0]
     batch = max(x.shape[0], 1)
     span = nudged.beta * (2 if nudged.phases == 2 else 1)
-    weights: list[Tensor] = []
-    biases: list[Tensor | None] = [None] * len(network.shapes)
+    jobs: list[Contrast] = []
     for c, conn in enumerate(network.connections):
         level_gain = network.nudge_coefficient(conn.dst)
         delta = nudged.deltas[conn.dst]
         assert delta is not None
-        weight, bias = backends.contrast(
-            equilibrium.states[conn.src],
-            nudged.deltas[conn.src],
-            equilibrium.states[conn.dst],
-            delta,
-            parameters.weights[c],
-            conn,
-            _contrast_winners(equilibrium, nudged, c),
-            source_gain=1 / nudged.scales[conn.src],
-            target_gain=1 / nudged.scales[conn.dst],
-            centre=nudged.centre,
-            scale=-1 / (level_gain * span * batch),
-            operands=operands,
-            backend=backend,
+        jobs.append(
+            Contrast(
+                conn,
+                parameters.weights[c],
+                equilibrium.states[conn.src],
+                nudged.deltas[conn.src],
+                equilibrium.states[conn.dst],
+                delta,
+                _contrast_winners(equilibrium, nudged, c) if conn.pool == "max" else None,
+                source_gain=1 / nudged.scales[conn.src],
+                target_gain=1 / nudged.scales[conn.dst],
+                centre=nudged.centre,
+                scale=-1 / (level_gain * span * batch),
+                operands=operands,
+            )
         )
-        weights.append(weight)
+    found = backends.contrasts(jobs, backend)
+    weights = [weight for weight, _ in found]
+    biases: list[Tensor | None] = [None] * len(network.shapes)
+    for conn, (_, bias) in zip(network.connections, found, strict=True):
         biases[conn.dst] = bias
     head_weights, head_biases = _head_gradients(network, parameters, equilibrium, nudged, targets)
     return Parameters(weights, biases, head_weights, head_biases)
@@ -309,11 +312,13 @@ def targets_for(network: Network, labels: Tensor, classes: int, dtype: torch.dty
     """One-hot targets of every head from integer labels [B] in 0 .. classes - 1.
 
     Raises:
-        ValueError: a label out of range.
+        ValueError: a label out of range. On CUDA, which is not waited for, a RuntimeError instead, from a later call.
     """
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        got = f"{int(labels.min())} to {int(labels.max())}"
-        raise ValueError(f"targets_for: argument 'labels': expected 0 to {classes - 1} (classes), got {got}")
+    expected = f"targets_for: argument 'labels': expected 0 to {classes - 1} (classes)"
+    if labels.device.type == "cuda":
+        torch._assert_async(((labels >= 0) & (labels < classes)).all(), expected)
+    elif labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"{expected}, got {int(labels.min())} to {int(labels.max())}")
     one_hot = torch.nn.functional.one_hot(labels, classes).to(dtype)
     return [one_hot] * len(network.heads)
 
