@@ -20,6 +20,7 @@ from torch import Tensor
 import ep_kernels
 from ep_kernels import Network, Parameters, RelaxConfig
 
+from . import device as devices
 from .bptt import bptt_gradients
 from .models import build_network, initial_parameters
 from .run_folder import to_json
@@ -61,12 +62,15 @@ class CheckConfig:
     """Show classical EP (gain 1, sync, states, live winners, T 60, K 30, beta 0.2) beside it."""
     converge_steps: int = 60
     """Sweeps to convergence, and again as many through which BPTT goes."""
+    device: str = "auto"
+    """auto (a GPU where torch sees one, else the CPU), cpu, cuda, or cuda:N."""
     json: bool = False
     """Print JSON instead of a table."""
     out: Path | None = None
     """Write the plot (PNG) here."""
 
     def __post_init__(self) -> None:
+        devices.check_name(self.device, "CheckConfig")
         for name in ("size", "batch_size", "seeds", "free_steps", "nudged_steps", "converge_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"CheckConfig: argument '{name}': expected an integer >= 1, got {getattr(self, name)}")
@@ -138,17 +142,20 @@ def check_network(
     precision: torch.dtype = torch.float64,
     converge_steps: int = 60,
     images: Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> Check:
     """EP against the true gradient on one random network and batch.
 
     Args:
         images: [B, ...] in place of uniform noise in [0, 1].
+        device: where both are computed; the random numbers are the same on every one.
     """
     generator = torch.Generator().manual_seed(1_000 + seed)
     x = images if images is not None else torch.rand(batch_size, *network.shapes[0], generator=generator)
     classes = network.readout.output_shape(network.shapes[network.readout.node])[0]
-    labels = torch.randint(0, classes, (x.shape[0],), generator=generator)
-    start = initial_parameters(network, weight_gain=weight_gain, seed=seed, dtype=torch.float64)
+    x, labels = x.to(device), torch.randint(0, classes, (x.shape[0],), generator=generator).to(device)
+    drawn = initial_parameters(network, weight_gain=weight_gain, seed=seed, dtype=torch.float64)
+    start = {name: t.to(device) for name, t in drawn.items()}
     exact = Parameters.from_named(network, start)
     rounded = Parameters.from_named(network, {name: t.to(precision) for name, t in start.items()})
     targets = ep_kernels.targets_for(network, labels, classes, precision)
@@ -178,21 +185,24 @@ def run_check(config: CheckConfig) -> int:
     if config.classical:
         classical = RelaxConfig.classical(free_steps=60, nudged_steps=30)
         sides["classical: k 1, sync 60 + 30"] = (replace(network, feedback_gain=1.0), classical)
-    results = {
-        name: [
-            check_network(
-                net,
-                relax,
-                batch_size=config.batch_size,
-                seed=seed,
-                weight_gain=config.weight_gain,
-                precision=getattr(torch, config.precision),
-                converge_steps=config.converge_steps,
-            )
-            for seed in range(config.seeds)
-        ]
-        for name, (net, relax) in sides.items()
-    }
+    device = devices.resolve(config.device, "CheckConfig")
+    with devices.in_force(device, tf32=False):
+        results = {
+            name: [
+                check_network(
+                    net,
+                    relax,
+                    batch_size=config.batch_size,
+                    seed=seed,
+                    weight_gain=config.weight_gain,
+                    precision=getattr(torch, config.precision),
+                    converge_steps=config.converge_steps,
+                    device=device,
+                )
+                for seed in range(config.seeds)
+            ]
+            for name, (net, relax) in sides.items()
+        }
     report = {name: _summary(checks) for name, checks in results.items()}
     if config.json:
         print(json.dumps(to_json({"config": _plain(config), "results": report}), indent=2, allow_nan=False))

@@ -1,4 +1,9 @@
-"""The state of a run on disk: written atomically after every epoch, loaded with ``weights_only``."""
+"""The state of a run on disk: written atomically after every epoch, loaded with ``weights_only``.
+
+It holds no state of a random generator, because none is left between two batches: initial weights, the order of the
+images, their crops and flips, and random signs are drawn on the host from the seed and the epoch. Nothing draws on a
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from typing import Any
 import torch
 
 NAME = "checkpoint.pt"
-KEYS = {"model", "optimizer", "scheduler", "epoch", "seconds", "partial"}
+KEYS = {"model", "optimizer", "scheduler", "epoch", "seconds", "partial", "device"}
 
 
 class CheckpointError(ValueError):
@@ -29,7 +34,7 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Read the checkpoint of a run folder.
+    """Read the checkpoint of a run folder, into the memory of the CPU, from whichever device it was written.
 
     Raises:
         CheckpointError: it is missing or cannot be read.

@@ -15,6 +15,7 @@ from .check import CheckConfig, run_check
 from .checkpoint import CheckpointError
 from .config import TrainConfig
 from .data import DataError
+from .device import check_name
 from .run_folder import RunFolderError
 from .trainer import Diverged, resume, train
 
@@ -28,14 +29,21 @@ Ctrl-C ends a run after the current batch and keeps what was learnt (exit code 1
 
 @dataclass(frozen=True)
 class ResumeConfig:
-    """Continue a run from its last checkpoint, to the same numbers as if it had never stopped."""
+    """Continue a run from its last checkpoint, to the same numbers as if it had never stopped (bit for bit on the same
+    kind of device only)."""
 
     folder: tyro.conf.Positional[Path]
     """The run folder."""
     epochs: int | None = None
     """Train to this many epochs in all, instead of the run's own number."""
+    device: str | None = None
+    """Go on there instead of on the run's own: auto, cpu, cuda, or cuda:N."""
     quiet: bool = False
     """Print nothing."""
+
+    def __post_init__(self) -> None:
+        if self.device is not None:
+            check_name(self.device, "ResumeConfig")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_check(check)
         if command == "resume":
             chosen = tyro.cli(ResumeConfig, prog="ep-train resume", args=arguments)
-            summary, _ = resume(chosen.folder, epochs=chosen.epochs, quiet=chosen.quiet)
+            summary, _ = resume(chosen.folder, epochs=chosen.epochs, device=chosen.device, quiet=chosen.quiet)
         else:
             config = tyro.cli(TrainConfig, prog="ep-train", args=arguments, description=DESCRIPTION)
             summary, _ = train(config)

@@ -12,6 +12,8 @@ import torch
 from ep_kernels import RelaxConfig
 from ep_kernels.precision import Operands
 
+from .device import check_name
+
 Method = Literal["ep", "bptt"]
 Estimator = Literal["symmetric", "positive", "negative", "random_sign", "tangent"]
 OPERANDS: dict[str, Operands] = {
@@ -86,7 +88,7 @@ class TrainConfig:
     """omega in [1, 2): free sweeps after the first move every state this many times as far (not with sync).
     Default: by the feedback gain, 1.17 at 0.1."""
     tol: float = 0.0
-    """Stop a relaxation early when every residual is at most this (0: never)."""
+    """Stop a relaxation early when every residual is at most this (0: never; else a GPU is waited for every batch)."""
 
     epochs: int = 6
     """Passes over the training images."""
@@ -105,6 +107,8 @@ class TrainConfig:
 
     seed: int = 0
     """Of the initial weights, the held-out images, the order of the batches and random signs."""
+    device: str = "auto"
+    """auto (a GPU where torch sees one, else the CPU), cpu, cuda, or cuda:N."""
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Which kernels run."""
     operands: Literal["float32", "tf32", "float16", "bfloat16"] = "float32"
@@ -132,6 +136,7 @@ class TrainConfig:
                 raise ValueError(f"TrainConfig: argument '{name}': expected a finite number >= 0, got {value!r}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"TrainConfig: argument 'threads': expected an integer >= 1, got {self.threads}")
+        check_name(self.device, "TrainConfig")
         self.relax_config()  # raises on any of its arguments
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from .models import Model
 @dataclass(frozen=True)
 class StepResult:
     """Of one batch: the readout's mean loss and number of correct predictions at the free equilibrium, and the mean
-    residual of the last free sweep over samples (None for BPTT)."""
+    residual of the last free sweep over samples (None for BPTT). Tensors, so that a GPU need not be waited for."""
 
     loss: Tensor
     correct: Tensor
@@ -45,6 +46,17 @@ def bptt_step(model: Model, images: Tensor, labels: Tensor, config: RelaxConfig)
     z = ep_kernels.reference.head_output(head, states[head.node], tensors.head_weights[0], tensors.head_biases[0])
     loss, correct = _score(model, z, targets[0], labels)
     return StepResult(loss, correct, None)
+
+
+def read(results: Sequence[StepResult]) -> list[tuple[float, int, float | None]]:
+    """Loss, correct predictions and residual of each batch. Waits for a GPU once, however many they are."""
+    if not results:
+        return []
+    losses = torch.stack([result.loss for result in results]).tolist()
+    correct = torch.stack([result.correct for result in results]).tolist()
+    measured = [result.residual for result in results if result.residual is not None]
+    residuals = torch.stack(measured).tolist() if measured else [None] * len(results)
+    return list(zip(losses, correct, residuals, strict=True))
 
 
 @torch.no_grad()

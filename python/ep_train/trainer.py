@@ -20,6 +20,7 @@ import ep_kernels
 from ep_kernels import backends
 
 from . import checkpoint
+from . import device as devices
 from .config import TrainConfig
 from .curves import plot_curves
 from .data import Batches, Dataset, load_dataset
@@ -27,10 +28,11 @@ from .memory import peak_memory_bytes
 from .models import Model, build_network
 from .progress import Progress
 from .run_folder import RunFolder
-from .step import bptt_step, ep_step, predict
+from .step import StepResult, bptt_step, ep_step, predict, read
 
 # States stay in their box, so a loss that runs away stays finite: it is given up at this multiple of a guess's.
 RUNAWAY = 1e4
+READ_EVERY = 0.3  # seconds between two readings of the losses from a GPU; on the CPU every batch's is read at once
 
 
 class Diverged(RuntimeError):
@@ -63,11 +65,14 @@ class Trainer:
             dataset: already loaded; default: ``config.dataset`` is loaded.
 
         Raises:
-            DataError, ValueError: the data cannot be read, or an argument does not fit it.
+            DataError, ValueError: the data cannot be read, an argument does not fit it, or the device is not there.
+            BackendError: the backend cannot run there.
         """
         self.config = config
-        # one that cannot run is refused before anything is written
-        backends.choose(name=config.backend, storage=config.relax_config().storage)
+        # what is not there or cannot run is refused before anything is written
+        self.device = devices.resolve(config.device, "TrainConfig", backend=config.backend)
+        with _backend(config.backend):
+            backends.choose(self.device, storage=config.relax_config().storage)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if dataset is None:
@@ -91,7 +96,7 @@ class Trainer:
             feedback_gain=config.feedback_gain,
             slope=config.slope,
         )
-        self.model = Model(network, weight_gain=config.weight_gain, seed=config.seed)
+        self.model = Model(network, weight_gain=config.weight_gain, seed=config.seed).to(self.device)
         self.train = Batches(
             dataset,
             "train",
@@ -99,8 +104,9 @@ class Trainer:
             seed=config.seed,
             crop_padding=config.crop_padding,
             flip=config.flip,
+            device=self.device,
         )
-        self.test = Batches(dataset, "test", batch_size=min(256, len(dataset.test_labels)))
+        self.test = Batches(dataset, "test", batch_size=min(256, len(dataset.test_labels)), device=self.device)
         self.optimizer = make_optimizer(self.model, config)
         self.scheduler = make_scheduler(self.optimizer, config, config.epochs * len(self.train))
         self.epoch = 0  # finished ones
@@ -108,6 +114,7 @@ class Trainer:
         self.stop_asked = False
         self.seconds = 0.0  # of training itself, without evaluation
         self.rows: list[dict[str, Any]] = []
+        self.came_from = devices.kind(self.device)  # where a resumed run was before
 
     # ---- one epoch ----
 
@@ -120,26 +127,10 @@ class Trainer:
         done = self.partial
         progress.start_epoch(epoch, len(self.train), completed=done.batches)
         began = time.perf_counter()
-        for images, labels in self.train.epoch(epoch, start=done.batches):
-            if self.stop_asked:
-                raise Stopped
-            relax = config.relax_config(positive_sign=bool(signs[done.batches]))
-            result = (ep_step if config.method == "ep" else bptt_step)(self.model, images, labels, relax)
-            loss = float(result.loss)
-            if not loss < RUNAWAY * math.log(max(self.dataset.classes, 3)):
-                raise Diverged(
-                    f"the loss became {loss:.3g} in epoch {epoch} after {done.seen} images: lower --lr or "
-                    "--feedback-gain, or raise --free-steps"
-                )
-            self.optimizer.step()
-            self.scheduler.step()
-            count = len(labels)
-            residual = None if result.residual is None else float(result.residual)
-            done.batches += 1
-            done.seen += count
-            done.loss_sum += loss * count
-            done.correct += int(result.correct)
-            done.residual_sum += (residual or 0.0) * count
+        unread: list[tuple[StepResult, int]] = []  # with the number of images
+
+        def show(batches: int, residual: float | None) -> None:
+            nonlocal began
             now = time.perf_counter()
             done.seconds += now - began
             began = now
@@ -148,7 +139,26 @@ class Trainer:
                 accuracy=done.correct / done.seen,
                 residual=residual,
                 images_per_second=done.seen / done.seconds,
+                batches=batches,
             )
+
+        for images, labels in self.train.epoch(epoch, start=done.batches):
+            if self.stop_asked:
+                if unread:
+                    show(len(unread), self._add_up(unread))
+                raise Stopped
+            relax = config.relax_config(positive_sign=bool(signs[done.batches + len(unread)]))
+            result = (ep_step if config.method == "ep" else bptt_step)(self.model, images, labels, relax)
+            unread.append((result, len(labels)))
+            count = len(unread)
+            due = self.device.type == "cpu" or time.perf_counter() - began >= READ_EVERY
+            residual = self._add_up(unread) if due else None
+            self.optimizer.step()
+            self.scheduler.step()
+            if due:
+                show(count, residual)
+        if unread:
+            show(len(unread), self._add_up(unread))
         self.seconds += done.seconds
         self.epoch, self.partial = epoch, Partial()
         row: dict[str, Any] = {
@@ -164,19 +174,43 @@ class Trainer:
             row["residual"] = done.residual_sum / done.seen
         return row
 
+    def _add_up(self, unread: list[tuple[StepResult, int]]) -> float | None:
+        """Add batches to the epoch's sums and empty the list; returns the last one's residual.
+
+        Raises:
+            Diverged: at the first batch whose loss is not finite or has run away.
+        """
+        done = self.partial
+        residual: float | None = None
+        for (loss, correct, residual), (_, count) in zip(read([result for result, _ in unread]), unread, strict=True):
+            if not loss < RUNAWAY * math.log(max(self.dataset.classes, 3)):
+                raise Diverged(
+                    f"the loss became {loss:.3g} in epoch {self.epoch + 1} after {done.seen} images: lower --lr or "
+                    "--feedback-gain, or raise --free-steps"
+                )
+            done.batches += 1
+            done.seen += count
+            done.loss_sum += loss * count
+            done.correct += correct
+            done.residual_sum += (residual or 0.0) * count
+        unread.clear()
+        return residual
+
     def check_weights(self) -> None:
         """Raise before a checkpoint of broken weights replaces a good one."""
-        for name, parameter in self.model.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise Diverged(f"'{name}' is no longer finite after epoch {self.epoch}: lower --lr or --feedback-gain")
+        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        finite = torch.stack([parameter.isfinite().all() for parameter in parameters]).tolist()
+        if not all(finite):
+            name = names[finite.index(False)]
+            raise Diverged(f"'{name}' is no longer finite after epoch {self.epoch}: lower --lr or --feedback-gain")
 
     def evaluate(self) -> float:
         """Accuracy on the test images, at the free equilibrium."""
-        correct = 0
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for images, labels in self.test.epoch(0):
             z, _ = predict(self.model, images, self.config.relax_config())
-            correct += int((z.argmax(1) == labels).sum())
-        return correct / len(self.dataset.test_labels)
+            correct += (z.argmax(1) == labels).sum()
+        return int(correct) / len(self.dataset.test_labels)
 
     # ---- the run ----
 
@@ -189,12 +223,20 @@ class Trainer:
             Diverged: the loss is not finite or has run away (the summary is written first).
         """
         status, failure = "finished", None
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         with (
             _backend(self.config.backend),
+            devices.in_force(self.device, tf32=self.config.operands == "tf32"),
             self._signals(),
             Progress(self.config.epochs, quiet=self.config.quiet) as progress,
         ):
             progress.note(self.headline())
+            if self.came_from != devices.kind(self.device):
+                progress.note(
+                    f"this run comes from another device ({self.came_from}): its numbers will be close to those of "
+                    "a run that stayed there, not the same bit for bit"
+                )
             if self.epoch >= self.config.epochs:
                 progress.note(f"already finished after {self.epoch} epochs; resume with --epochs N to go on")
             try:
@@ -245,15 +287,16 @@ class Trainer:
                 signal.signal(number, handler)
 
     def headline(self) -> str:
-        """One line that says what is trained, by which method and on which backend."""
+        """One line that says what is trained, by which method, on which backend and, if a GPU, on which device."""
         config = self.config
         count = sum(p.numel() for p in self.model.parameters())
         storage = config.relax_config().storage
-        backend = backends.choose(name=None, storage=storage) if config.method == "ep" else "autograd"
+        backend = backends.choose(self.device, storage=storage) if config.method == "ep" else "autograd"
+        where = f" on {devices.describe(self.device)}" if self.device.type == "cuda" else ""
         how = f"k {config.feedback_gain:g}, {config.schedule}, {config.free_steps} + {config.nudged_steps} sweeps"
         return (
             f"{self.dataset.source}: {config.model_name} ({count / 1e6:.2f} M parameters) by {config.method}, {how}, "
-            f"backend {backend}"
+            f"backend {backend}{where}"
         )
 
     def closing(self, summary: dict[str, Any], folder: RunFolder) -> str:
@@ -276,7 +319,8 @@ class Trainer:
             "epochs": self.epoch,
             "seconds": self.seconds + self.partial.seconds,
             "images_per_second": images / self.seconds if self.seconds else None,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "device": devices.describe(self.device),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "data": self.dataset.source,
             "versions": {"ep_kernels": ep_kernels.__version__, "torch": torch.__version__},
@@ -291,10 +335,11 @@ class Trainer:
             "epoch": self.epoch,
             "seconds": self.seconds,
             "partial": dataclasses.asdict(self.partial),
+            "device": devices.kind(self.device),
         }
 
     def restore(self, state: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        """Continue from a checkpoint; ``rows`` are the metrics up to it.
+        """Continue from a checkpoint of any device; ``rows`` are the metrics up to it.
 
         Raises:
             CheckpointError: it is of another network or optimizer.
@@ -305,6 +350,7 @@ class Trainer:
             self.scheduler.load_state_dict(state["scheduler"])
             self.epoch, self.seconds, self.rows = state["epoch"], state["seconds"], rows
             self.partial = Partial(**state["partial"])
+            self.came_from = str(state["device"])
         except (RuntimeError, TypeError, ValueError, KeyError) as error:  # torch's own, one for each kind of misfit
             raise checkpoint.CheckpointError(f"the checkpoint does not fit config.json: {error}") from error
 
@@ -324,22 +370,33 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], Path]:
     return trainer.run(folder), folder.path
 
 
-def resume(path: Path, *, epochs: int | None = None, quiet: bool = False) -> tuple[dict[str, Any], Path]:
+def resume(
+    path: Path, *, epochs: int | None = None, device: str | None = None, quiet: bool = False
+) -> tuple[dict[str, Any], Path]:
     """Continue the run in ``path`` from its last checkpoint: the same numbers as if it had never stopped.
+
+    The same bit for bit is promised on the same kind of device only; a run may go on on another one, and says so. On a
+    GPU the kernels of backend ``triton`` add without atomics, in one order; cuDNN, which computes for ``reference`` and
+    BPTT there, promises none.
 
     Args:
         epochs: train to this many instead; a falling learning rate then falls over the new total.
+        device: go on there instead of on the run's own.
 
     Raises:
         CheckpointError, RunFolderError: there is nothing to resume there.
+        ValueError, BackendError: the device is not there, or the backend cannot run on it; nothing has been written.
     """
     state = checkpoint.load(path)
     config = config_from_json(path / "config.json", quiet=quiet)
-    folder = RunFolder.resume(path, before_epoch=state["epoch"] + 1)
     if epochs is not None:
         config = dataclasses.replace(config, epochs=epochs)
-        folder.write_config(dataclasses.asdict(config))
+    if device is not None:
+        config = dataclasses.replace(config, device=device)
     trainer = Trainer(config)
+    folder = RunFolder.resume(path, before_epoch=state["epoch"] + 1)
+    if epochs is not None or device is not None:
+        folder.write_config(dataclasses.asdict(config))
     trainer.restore(state, folder.read_metrics())
     return trainer.run(folder), folder.path
 

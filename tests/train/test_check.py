@@ -17,7 +17,7 @@ from ep_train.models import initial_parameters
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
 NET = Network.chain((3, 8, 8), [4, 4], ["max", "none"], classes=5, feedback_gain=0.1)
-SMALL = CheckConfig(model="4p-4", size=8, batch_size=4, seeds=3, converge_steps=12)
+SMALL = CheckConfig(model="4p-4", size=8, batch_size=4, seeds=3, converge_steps=12, device="cpu")
 
 
 def parameters(**changes: Any) -> Parameters:

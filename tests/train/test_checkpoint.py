@@ -13,7 +13,7 @@ from ep_train import TrainConfig, Trainer, checkpoint
 from ep_train.checkpoint import CheckpointError
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
-TINY = TrainConfig(model="4p-4", train_limit=40, test_limit=10, batch_size=10, epochs=1, quiet=True)
+TINY = TrainConfig(model="4p-4", train_limit=40, test_limit=10, batch_size=10, epochs=1, device="cpu", quiet=True)
 
 
 def test_a_round_trip(tmp_path: Path) -> None:

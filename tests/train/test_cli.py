@@ -20,6 +20,7 @@ from ep_train.run_folder import read_metrics
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
 TINY = ["--model", "4p", "--train-limit", "40", "--test-limit", "10", "--batch-size", "10", "--epochs", "1"]
+TINY += ["--device", "cpu"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -52,7 +53,7 @@ def test_help_mentions_every_option(command: list[str], config: Any, capsys: pyt
 
 def test_help_of_resume(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(["resume"], capsys)
-    assert {field.name for field in dataclasses.fields(ResumeConfig)} == {"folder", "epochs", "quiet"}
+    assert {field.name for field in dataclasses.fields(ResumeConfig)} == {"folder", "epochs", "device", "quiet"}
     assert "FOLDER" in text.upper()
     assert "--epochs" in text
 
@@ -86,6 +87,9 @@ def test_help_is_quick_in_a_process_of_its_own() -> None:
         ["retrain"],
         ["--beta", "0"],
         ["--threads", "0"],
+        ["--device", "tpu"],
+        ["check", "--device", "cuda:first"],
+        ["resume", "a", "--device", "gpu"],
     ],
 )
 def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +115,8 @@ def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.Captur
         ([*TINY, "--lr", "1e6"], "the loss became "),
         (["check", "--model", "9q"], "or widths as 32-32p-64-64p"),
         (["check", "--over-relaxation", "2.5"], "argument 'over_relaxation': expected a number in [1, 2), got 2.5"),
+        ([*TINY, "--device", "cuda:99"], "TrainConfig: argument 'device': expected auto"),
+        (["check", "--device", "cuda:99"], "CheckConfig: argument 'device': expected auto"),
         (["resume", "/no/such/run"], "/no/such/run/checkpoint.pt: expected a checkpoint, got no such file"),
     ],
 )

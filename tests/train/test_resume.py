@@ -29,6 +29,7 @@ OPTIONS: dict[str, Any] = {
     "lr_schedule": "cosine",
     "crop_padding": 1,
     "threads": 1,
+    "device": "cpu",
 }
 TIMES = {"seconds", "images_per_second"}
 
@@ -163,12 +164,14 @@ def damage_config(path: Path, **changes: Any) -> None:
         ("missing option", "config.json: not the configuration of this version of ep-train"),
         ("wrong type", "config.json: not a configuration of ep-train: "),
         ("wrong value", "argument 'beta': expected a finite number > 0, got -1"),
+        ("wrong device", "argument 'device': expected auto, cpu, cuda or cuda:N, got 'tpu'"),
+        ("no device", "argument 'device': expected auto, cpu, cuda or cuda:N, got 7"),
         ("other model", "the checkpoint does not fit config.json: "),
         ("metrics", "metrics.jsonl, line 1: not JSON"),
     ],
 )
 def test_what_is_damaged_is_named(what: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = TrainConfig(model="4p", train_limit=20, test_limit=10, batch_size=10, epochs=2, quiet=True)
+    small = TrainConfig(model="4p", train_limit=20, test_limit=10, batch_size=10, epochs=2, device="cpu", quiet=True)
     _, path = train(replace(small, out=tmp_path / "run"))
     config = path / "config.json"
     if what == "no folder":
@@ -184,7 +187,13 @@ def test_what_is_damaged_is_named(what: str, message: str, tmp_path: Path, capsy
     elif what == "metrics":
         (path / "metrics.jsonl").write_text("torn\n{}\n")
     else:
-        changes = {"unknown option": {"colour": 1}, "wrong type": {"lr": "fast"}, "wrong value": {"beta": -1}}
+        changes: dict[str, dict[str, Any]] = {
+            "unknown option": {"colour": 1},
+            "wrong type": {"lr": "fast"},
+            "wrong value": {"beta": -1},
+            "wrong device": {"device": "tpu"},
+            "no device": {"device": 7},
+        }
         damage_config(path, **changes.get(what, {"model": "4p-4"}))
     assert cli.main(["resume", str(path), "--quiet"]) == 1
     error = capsys.readouterr().err

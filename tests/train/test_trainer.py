@@ -17,7 +17,7 @@ from ep_train import Model, TrainConfig, Trainer, train, trainer
 from ep_train.run_folder import RunFolder, read_metrics
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
-TINY = TrainConfig(model="8p-8", train_limit=160, test_limit=40, batch_size=20, epochs=2, quiet=True)
+TINY = TrainConfig(model="8p-8", train_limit=160, test_limit=40, batch_size=20, epochs=2, device="cpu", quiet=True)
 METRICS = {
     "epoch",
     "step",
@@ -59,6 +59,7 @@ def test_a_run_folder_holds_everything(tmp_path: Path) -> None:
     assert summary["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
     assert summary["images_per_second"] == pytest.approx(320 / summary["seconds"])
     assert summary["peak_memory_bytes"] > 2**26
+    assert summary["device"] == "cpu"
     assert summary["parameters"] == (9 * 8 + 8) + (9 * 64 + 8) + (10 * 128 + 10)
     config = json.loads((path / "config.json").read_text())
     assert config["model"] == "8p-8"

@@ -1,4 +1,4 @@
-"""Ready batches: uint8 images stay on the device and become normalised float32 batches there."""
+"""Ready batches: uint8 images stay on the device, where there is room, and become normalised float32 batches there."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ep_train.data.dataset import DataError, Dataset
 
 Normalise = Literal["unit", "standard"]
 Split = Literal["train", "test"]
+RESIDENT = 0.25  # of a GPU's free memory: larger splits stay on the host
 
 
 def default_normalise(dataset: Dataset) -> Normalise:
@@ -27,11 +28,15 @@ class Batches:
     The order is drawn from (seed, epoch), an image's augmentation from (seed, epoch, image): batch i
     does not depend on which batches were read before it, so a resumed run can start anywhere.
 
-    A batch is (images, labels): float32 [B, C, H, W] in channels_last memory, and int64 [B].
+    A batch is (images, labels): float32 [B, C, H, W] in channels_last memory, and int64 [B], on the device.
+
+    A split that stays on the host sends the bytes of each batch through pinned memory without waiting; as nothing here
+    waits for a GPU, they are gathered while it still computes the batch before.
 
     Attributes:
-        images: uint8 [N, H, W, C], on the device.
-        labels: int64 [N], on the device.
+        device: where the batches are made.
+        images: uint8 [N, H, W, C], on the device or the host.
+        labels: int64 [N], likewise.
         normalise: the normalisation in use.
     """
 
@@ -48,6 +53,7 @@ class Batches:
         crop_padding: int = 0,
         flip: bool = False,
         device: torch.device | str = "cpu",
+        resident: bool | None = None,
     ) -> None:
         """Copy the split to the device.
 
@@ -63,7 +69,9 @@ class Batches:
             crop_padding: pad with this many black pixels on every side, then crop at random to the
                 old size; 0: off. Black is 0 before normalisation.
             flip: mirror every second image, on average, left to right.
-            device: where the images are kept and the batches made.
+            device: where the batches are made.
+            resident: keep the images there, not on the host; default: when they take at most a quarter of its free
+                memory.
 
         Raises:
             DataError: an argument is out of range, or there is no full batch and `drop_last` is set.
@@ -91,8 +99,12 @@ class Batches:
                 f"batch_size {batch_size} leaves no full batch of the {len(images)} {split} images;"
                 " use a smaller one, or drop_last=False"
             )
-        self.images = images.to(self.device).permute(0, 2, 3, 1).contiguous()
-        self.labels = labels.to(self.device)
+        if resident is None:
+            on_gpu = self.device.type == "cuda"
+            resident = not on_gpu or images.numel() <= RESIDENT * torch.cuda.mem_get_info(self.device)[0]
+        store = self.device if resident else torch.device("cpu")
+        self.images = images.to(store).permute(0, 2, 3, 1).contiguous()
+        self.labels = labels.to(store)
         # One row of pixels [W * C], so that the arithmetic runs over long rows, not over 3 channels.
         width = images.shape[3]
         std = [value if value > 0.5 / 255 else 1.0 for value in dataset.std]
@@ -127,30 +139,37 @@ class Batches:
 
     def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         count = len(self.labels)
-        # On the host, so that every device sees the same numbers; copied to the device once an epoch.
+        # On the host, so that every device sees the same numbers; copied to where the images are once an epoch.
         order_numbers, shift_numbers, flip_numbers = (
             np.random.default_rng((self.seed, epoch, stream)) for stream in range(3)
         )
-        order = torch.arange(count, device=self.device)
+        store = self.images.device
+        order = torch.arange(count, device=store)
         shifts = mirror = None
         if self.shuffle:
-            order = torch.from_numpy(order_numbers.permutation(count)).to(self.device)
+            order = torch.from_numpy(order_numbers.permutation(count)).to(store)
         if self.crop_padding:
             drawn = shift_numbers.integers(0, 2 * self.crop_padding + 1, size=(count, 2))
-            shifts = torch.from_numpy(drawn).to(self.device)
+            shifts = torch.from_numpy(drawn).to(store)
         if self.flip:
-            mirror = torch.from_numpy(flip_numbers.integers(0, 2, size=count) == 1).to(self.device)
+            mirror = torch.from_numpy(flip_numbers.integers(0, 2, size=count) == 1).to(store)
         for batch in range(start, len(self)):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            pixels = self.images.index_select(0, chosen)
+            pixels = self._sent(self.images.index_select(0, chosen))
             if shifts is not None or mirror is not None:
                 pixels = augment(
                     pixels,
                     self.crop_padding,
-                    None if shifts is None else shifts.index_select(0, chosen),
-                    None if mirror is None else mirror.index_select(0, chosen),
+                    None if shifts is None else self._sent(shifts.index_select(0, chosen)),
+                    None if mirror is None else self._sent(mirror.index_select(0, chosen)),
                 )
-            yield self._normalised(pixels), self.labels.index_select(0, chosen)
+            yield self._normalised(pixels), self._sent(self.labels.index_select(0, chosen))
+
+    def _sent(self, gathered: Tensor) -> Tensor:
+        """A part of a batch, on the device: at once, or through pinned memory without waiting."""
+        if gathered.device.type == self.device.type:
+            return gathered
+        return gathered.pin_memory().to(self.device, non_blocking=True)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """uint8 [B, H, W, C] to float32 [B, C, H, W], channels_last."""
