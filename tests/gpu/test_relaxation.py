@@ -1,0 +1,212 @@
+"""Whole relaxations and gradients on the device, against the reference in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ep_kernels import Network, RelaxConfig, ep_gradients, free_phase, nudged_phase
+from tests.core.nets import NETWORKS, POOLED
+from tests.gpu.device import (
+    INTERPRETED,
+    LOW_GAIN,
+    PRECISIONS,
+    Problem,
+    assert_close,
+    assert_equal,
+    moved,
+    on_device,
+    random_problem,
+)
+
+SMALL = NETWORKS["max everywhere, odd maps"]
+SETTINGS = {
+    "sweep": RelaxConfig(free_steps=4, nudged_steps=3),
+    "even_odd": RelaxConfig("even_odd", free_steps=4, nudged_steps=4),
+    "sync": RelaxConfig("sync", free_steps=6, nudged_steps=5, damping=0.8),
+    "tangent": RelaxConfig(free_steps=3, nudged_steps=2, estimator="tangent"),
+    "positive": RelaxConfig(free_steps=3, nudged_steps=2, estimator="positive"),
+    "states": RelaxConfig(free_steps=4, nudged_steps=3, form="states", beta=0.3),
+    "live": RelaxConfig(free_steps=4, nudged_steps=3, form="states", winners="live", beta=0.3),
+    "linear nudge": RelaxConfig(free_steps=4, nudged_steps=3, linear_nudge=True),
+    "one sweep": RelaxConfig(free_steps=1, nudged_steps=1),
+}
+
+
+def compare_phases(p: Problem, config: RelaxConfig, states: float, deltas: float) -> None:
+    """Both phases and the gradients, against float64 with the same operands and storage.
+
+    The nudged phase starts from the same equilibrium, so that no error adds up.
+    """
+    exact, here = on_device(p, torch.float64), on_device(p)
+    true = free_phase(exact.network, exact.parameters, exact.x, config, keep=True, backend="reference")
+    there = nudged_phase(exact.network, exact.parameters, true, exact.targets, config, backend="reference")
+    expected, _ = ep_gradients(exact.network, exact.parameters, exact.x, exact.targets, config, backend="reference")
+    found = free_phase(here.network, here.parameters, here.x, config, keep=True, backend="triton")
+    assert_close(found.states, true.states, states, "state")
+    if config.operands is None:
+        assert_close(found.preactivations, true.preactivations, 10 * states, "preactivation")
+        assert_close([found.trace], [true.trace], 100 * states, "residual")
+        assert found.winners.keys() == true.winners.keys()
+        assert all(torch.equal(found.winners[c], true.winners[c]) for c in true.winners)
+    given = replace(
+        true,
+        states=[here.x, *moved(true.states[1:], config.storage or torch.float32)],
+        preactivations=moved(true.preactivations),
+        drives=moved(true.drives),
+        residual=moved(true.residual),
+        trace=moved(true.trace),
+    )
+    ours = nudged_phase(here.network, here.parameters, given, here.targets, config, backend="triton")
+    assert_close(ours.deltas, there.deltas, deltas, "delta")
+    gradients, _ = ep_gradients(here.network, here.parameters, here.x, here.targets, config, backend="triton")
+    limit = 10 * deltas if config.nudge_form != "states" else 100 * deltas  # a difference of states loses digits
+    assert_close(list(gradients.named().values()), list(expected.named().values()), limit, "gradient")
+
+
+def low_gain(network: Network) -> Network:
+    return replace(network, feedback_gain=LOW_GAIN)
+
+
+@pytest.mark.parametrize("setting", list(SETTINGS))
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_every_network_in_float32(name: str, setting: str) -> None:
+    if INTERPRETED and (setting not in ("sweep", "live") or name not in ("max", "slope 1/2, local heads")):
+        pytest.skip("takes minutes in the interpreter")
+    compare_phases(random_problem(NETWORKS[name]), SETTINGS[setting], 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["max", "no pooling, mse", "skips, average"])
+@pytest.mark.parametrize("setting", ["sweep", "tangent", "even_odd"])
+def test_precisions(name: str, setting: str, precision: str) -> None:
+    if INTERPRETED and setting != "sweep":
+        pytest.skip("takes minutes in the interpreter")
+    of = PRECISIONS[precision]
+    config = replace(SETTINGS[setting], operands=of.operands, storage=of.storage)
+    compare_phases(random_problem(low_gain(NETWORKS[name])), config, of.states, of.deltas)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 33])
+def test_batches(batch: int) -> None:
+    if INTERPRETED and batch > 2:
+        pytest.skip("takes minutes in the interpreter")
+    compare_phases(random_problem(SMALL, batch=batch), SETTINGS["sweep"], 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("widths", [(64, 64, 128), (17, 3, 33), (512, 64, 512)])
+def test_widths(widths: tuple[int, ...], precision: str) -> None:
+    if INTERPRETED:
+        pytest.skip("takes minutes in the interpreter")
+    network = Network.chain((3, 16, 16), widths, ["max", "none", "max"], classes=10, feedback_gain=LOW_GAIN)
+    of = PRECISIONS[precision]
+    config = of.config(free_steps=3, nudged_steps=2)
+    compare_phases(random_problem(network, batch=5), config, of.states, of.deltas)
+
+
+def test_small_relaxation() -> None:
+    """Both forms once each: for compute-sanitizer, so no launch is replayed."""
+    for setting in ("tangent", "sweep"):
+        compare_phases(random_problem(SMALL, batch=2), SETTINGS[setting], 1e-5, 1e-4)
+
+
+def test_small_half_precision() -> None:
+    of = PRECISIONS["fp16"]
+    network = low_gain(NETWORKS["max"])
+    compare_phases(random_problem(network, batch=2), of.config(free_steps=2, nudged_steps=1), of.states, of.deltas)
+
+
+def test_small_skips() -> None:
+    compare_phases(random_problem(NETWORKS["skips, max"], batch=1), SETTINGS["one sweep"], 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["sweep", "even_odd", "sync"])
+def test_early_stop(schedule: str) -> None:
+    """Stops in the sweep in which the reference stops, and returns what that sweep left."""
+    p = random_problem(NETWORKS["max"], gain=0.5)
+    here, exact = on_device(p), on_device(p, torch.float64)
+    config = RelaxConfig(schedule, free_steps=30, tol=1e-3, damping=0.9)  # type: ignore[arg-type]
+    found = free_phase(here.network, here.parameters, here.x, config, keep=True, backend="triton")
+    true = free_phase(exact.network, exact.parameters, exact.x, config, keep=True, backend="reference")
+    assert found.steps == true.steps < 30
+    assert found.converged
+    assert float(found.residual.max()) <= 1e-3
+    assert_close(found.states, true.states, 1e-5, "state")
+    assert_close(found.preactivations, true.preactivations, 1e-4, "preactivation")
+    again = free_phase(here.network, here.parameters, here.x, config, keep=True, backend="triton")
+    assert again.steps == found.steps
+    assert_equal(again.states, found.states, "state")
+
+
+def test_no_early_stop_without_convergence() -> None:
+    here = on_device(random_problem(NETWORKS["max"]))
+    config = RelaxConfig(free_steps=3, tol=1e-12)
+    found = free_phase(here.network, here.parameters, here.x, config, backend="triton")
+    assert found.steps == 3
+    assert found.converged is False
+
+
+@pytest.mark.parametrize("name", list(POOLED))
+def test_warm_start(name: str) -> None:
+    p = random_problem(NETWORKS[name])
+    start = p.states()
+    here, exact = on_device(p), on_device(p, torch.float64)
+    config = RelaxConfig(free_steps=3)
+    found = free_phase(here.network, here.parameters, here.x, config, states=moved(start), backend="triton")
+    true = free_phase(
+        exact.network, exact.parameters, exact.x, config, states=moved(start, torch.float64), backend="reference"
+    )
+    assert_close(found.states, true.states, 1e-5, "state")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 16, 17, 40])
+def test_numbers_of_sweeps(steps: int) -> None:
+    """One program for all of them; twice each, so that graphs are replayed."""
+    if INTERPRETED and steps > 2:
+        pytest.skip("takes minutes in the interpreter")
+    p = random_problem(NETWORKS["max"])
+    here, exact = on_device(p), on_device(p, torch.float64)
+    for schedule in ("sweep", "sync"):
+        config = RelaxConfig(schedule, free_steps=steps, damping=0.8)  # type: ignore[arg-type]
+        true = free_phase(exact.network, exact.parameters, exact.x, config, backend="reference")
+        for _ in range(3):
+            found = free_phase(here.network, here.parameters, here.x, config, backend="triton")
+            assert_close(found.states, true.states, 1e-5, f"{schedule}: state")
+
+
+def test_extra_nudges() -> None:
+    p = random_problem(NETWORKS["max"])
+    extra = {1: torch.rand(3, *p.network.shapes[1], dtype=torch.float64), 3: 0.1 * torch.rand(3, *p.network.shapes[3])}
+    here, exact = on_device(p), on_device(p, torch.float64)
+    config = SETTINGS["sweep"]
+    found, _ = ep_gradients(
+        here.network, here.parameters, here.x, here.targets, config, extra=moved(extra), backend="triton"
+    )
+    true, _ = ep_gradients(
+        exact.network,
+        exact.parameters,
+        exact.x,
+        exact.targets,
+        config,
+        extra=moved(extra, torch.float64),
+        backend="reference",
+    )
+    assert_close(list(found.named().values()), list(true.named().values()), 1e-3, "gradient")
+
+
+def test_gradients_keep_their_direction(precision: str) -> None:
+    """Gradients of every precision point where those of float64 point, in every layer."""
+    network = Network.chain((3, 8, 8), (16, 16, 32, 32), ["none", "max", "none", "max"], classes=5, feedback_gain=0.1)
+    p = random_problem(network, batch=4 if INTERPRETED else 16)
+    here, exact = on_device(p), on_device(p, torch.float64)
+    config = PRECISIONS[precision].config(free_steps=4, nudged_steps=3)
+    found, _ = ep_gradients(here.network, here.parameters, here.x, here.targets, config, backend="triton")
+    plain = replace(config, operands=None, storage=None)
+    true, _ = ep_gradients(exact.network, exact.parameters, exact.x, exact.targets, plain, backend="reference")
+    for name, a in found.named().items():
+        u, v = a.cpu().double().flatten(), true.named()[name].cpu().flatten()
+        cosine = float(u @ v / (u.norm() * v.norm()))
+        assert math.isfinite(cosine), name
+        assert cosine >= 0.98, f"{name}: {cosine:.4f}"
