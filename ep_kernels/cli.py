@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import info
+from .architectures import ARCHITECTURES, architecture_of
 from .config import ESTIMATORS, RelaxConfig
 from .network import Network, Pool
 from .plan import SCHEDULES
@@ -24,20 +25,13 @@ if TYPE_CHECKING:
     from .triton.measure import Measured
     from .triton.tiling import Problem, Tile
 
-NETWORKS = {  # widths of 3x3 convolutions, p: 2x2 max pooling after it (the models of ep-train)
-    "digits": "32-32p-64-64p",
-    "vgg5": "128p-256p-512p-512p",
-    "vgg7": "128-128p-256-256p-512-512p",
-    "vgg8": "128-128p-256-256p-512-512p-512p",
-    "vgg11": "64p-128p-256-256p-512-512p-512-512p",
-}
 OPERANDS: dict[str, Operands] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "tf32": "tf32",
     "float32": None,
 }
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")  # rows of ep_kernels/triton/tiling.py
+GPUS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")  # rows of ep_kernels/triton/tiling.py
 
 
 class TuneError(Exception):
@@ -101,21 +95,19 @@ def tune(asked: argparse.Namespace) -> int:
 
 
 def network_of(spec: str, input_shape: Sequence[int]) -> Network:
-    """A chain of 3x3 convolutions for a name of NETWORKS, or for widths such as ``64p-128p-256`` (p: 2x2 max pooling).
+    """A chain of 3x3 convolutions for a name of ARCHITECTURES or a spec such as ``64p-128p-256`` (p: max pooling).
 
     Raises:
         ValueError: neither; or an input that it pools to nothing.
     """
-    parts = NETWORKS.get(spec, spec).split("-")
-    widths = [part.removesuffix("p") for part in parts]
-    if not all(width.isdecimal() and int(width) > 0 for width in widths):
-        names = ", ".join(NETWORKS)
-        raise ValueError(f"argument --network: expected one of {names}, or widths as 64p-128p-256, got {spec!r}")
+    architecture = architecture_of(spec, "argument --network")
     if len(input_shape) != 3 or min(input_shape) < 1:
         raise ValueError(f"argument --input: expected three numbers >= 1 (C H W), got {list(input_shape)}")
-    pools: list[Pool] = ["max" if part.endswith("p") else "none" for part in parts]
+    pools: list[Pool] = ["none"] * len(architecture.channels)
+    for i in architecture.pooled:
+        pools[i - 1] = "max"
     channels, height, width = input_shape
-    return Network.chain((channels, height, width), [int(w) for w in widths], pools, classes=10)
+    return Network.chain((channels, height, width), architecture.channels, pools, classes=10)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measures, for every kernel launch of a training batch, each tile of the architecture's table, and "
         "keeps the fastest in the user's cache, where the triton backend finds it.",
     )
-    names = ", ".join(NETWORKS)
+    names = ", ".join(ARCHITECTURES)
     add = tuning.add_argument
     add("--network", default="vgg11", help=f"{names}, or widths as 64p-128p-256, p: 2x2 max pooling (default: vgg11)")
     add("--input", type=int, nargs=3, default=[3, 32, 32], metavar=("C", "H", "W"), help="shape (default: 3 32 32)")
@@ -139,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--schedule", choices=SCHEDULES, default=RelaxConfig.schedule, help="default: %(default)s")
     add("--estimator", choices=ESTIMATORS, default=RelaxConfig.estimator, help="default: %(default)s")
     add("--dry-run", action="store_true", help="list problems and tiles; needs no GPU")
-    add("--arch", choices=ARCHITECTURES, help="of --dry-run (default: this GPU's, else sm_90)")
+    add("--arch", choices=GPUS, help="of --dry-run (default: this GPU's, else sm_90)")
     add("--cache", type=Path, metavar="DIR", help="write to this folder (default: the user's cache)")
     return parser
 

@@ -5,8 +5,10 @@ try:
 except ImportError as error:
     raise ImportError(f"ep_train needs its extra: pip install 'ep-kernels[train]' ({error})") from error
 
+from ep_kernels.architectures import ARCHITECTURES
+
 from .config import TrainConfig
-from .models import ARCHITECTURES, Model, build_network
+from .models import Model, build_network
 from .step import bptt_step, ep_step, predict
 from .trainer import Trainer, resume, train
 

@@ -1,40 +1,17 @@
-"""Named networks, and the module that holds a network's parameters.
-
-Widths and pools are the VGG pattern (Simonyan & Zisserman 2015) as the EP literature uses it: 3x3 convolutions, 2x2 max
-pooling, one linear readout outside the dynamics. The number in a name counts the convolutions and the readout, except
-``vgg11``: the eight convolutions of VGG-A with one readout instead of its three linear layers.
-"""
+"""Networks by name, and the module that holds a network's parameters."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ep_kernels import Network, Parameters
+from ep_kernels.architectures import architecture_of
 from ep_kernels.network import Pool
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Widths of the convolutions and which of them are pooled; ``least`` is the smallest input side."""
-
-    channels: tuple[int, ...]
-    pooled: tuple[int, ...]  # 1-based
-    least: int
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "digits": Architecture((32, 32, 64, 64), (2, 4), 4),
-    "vgg5": Architecture((128, 256, 512, 512), (1, 2, 3, 4), 16),
-    "vgg7": Architecture((128, 128, 256, 256, 512, 512), (2, 4, 6), 8),
-    "vgg8": Architecture((128, 128, 256, 256, 512, 512, 512), (2, 4, 6, 7), 16),
-    "vgg11": Architecture((64, 128, 256, 256, 512, 512, 512, 512), (1, 2, 4, 6, 8), 32),
-}
 
 
 def build_network(
@@ -61,7 +38,7 @@ def build_network(
     Raises:
         ValueError: an unknown name, or an input too small for the pools.
     """
-    architecture = ARCHITECTURES.get(model) or _parse(model)
+    architecture = architecture_of(model, "build_network: argument 'model'")
     side = min(input_shape[1:])
     if side < architecture.least:
         raise ValueError(
@@ -81,18 +58,6 @@ def build_network(
         feedback_gain=feedback_gain,
         slope=slope,
     )
-
-
-def _parse(spec: str) -> Architecture:
-    parts = spec.split("-")
-    if not all(part.removesuffix("p").isdecimal() and int(part.removesuffix("p")) > 0 for part in parts):
-        names = ", ".join(ARCHITECTURES)
-        raise ValueError(
-            f"build_network: argument 'model': expected one of {names}, or widths as 32-32p-64-64p "
-            f"(p: pooled), got {spec!r}"
-        )
-    pooled = tuple(i for i, part in enumerate(parts, 1) if part.endswith("p"))
-    return Architecture(tuple(int(part.removesuffix("p")) for part in parts), pooled, 2 ** len(pooled))
 
 
 def initial_parameters(

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ep_kernels import Network, Parameters
-from ep_train.models import ARCHITECTURES, Model, build_network, initial_parameters
+from ep_kernels.architectures import ARCHITECTURES
+from ep_train.models import Model, build_network, initial_parameters
 
 
 def conv(*widths: int) -> int:
