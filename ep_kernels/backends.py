@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -74,6 +75,7 @@ def choose(
     """
     name = _known(name, "backend") if name is not None else requested()
     if name == "triton" and dtype == torch.float64:
+        _require(name, torch.device(device))
         _log_once(name, "it computes in float32 and narrower; float64 falls back to the reference")
         return "reference"
     if name != "auto":
@@ -172,12 +174,19 @@ def interpreting() -> bool:
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'ep-kernels[triton]'"
-    version = importlib.metadata.version("triton")
+    version = _triton_version()
     if tuple(int(part) for part in version.split(".")[:2]) < TRITON_NEEDED:
         return f"it needs triton >= {'.'.join(map(str, TRITON_NEEDED))}, this is {version}"
     if interpreting() or torch.cuda.is_available():
         return "PyTorch is built for ROCm; the kernels are for NVIDIA GPUs" if torch.version.hip else None
     return "no CUDA device is available"
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # part of another distribution: nightly builds' pytorch-triton
+        return str(importlib.import_module("triton").__version__)
 
 
 def _triton_refusal(device: torch.device | None, dtype: torch.dtype | None) -> str | None:

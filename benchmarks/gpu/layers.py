@@ -112,7 +112,7 @@ class Programs:
         while len(self.made) <= index:
             device = self.relaxation.weights[0].device
             made = program.Program(self.relaxation, arch.arch_of(device), 64)
-            made.load(self.relaxation)
+            made.buffers.load(self.relaxation)
             lowered = made.lower(SWEEPS + 1)
             actions = [a for launches in (lowered.prologue, *lowered.sweeps[:SWEEPS]) for a in made.actions(launches)]
             made.start()

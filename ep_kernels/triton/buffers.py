@@ -183,7 +183,7 @@ class Buffers:
             return None
         return self.loaded(
             ("bias", i),
-            lambda: torch.zeros(layout.padded(self.r.network.shapes[i][0]), device=self.device),
+            lambda: torch.zeros(layout.padded(self.nodes[i][0]), dtype=torch.float32, device=self.device),
             lambda out, r: (out[: r.network.shapes[i][0]], present(r.biases[i])),
         )
 

@@ -12,7 +12,7 @@ from ..network import POOLS
 from ..precision import OPERANDS
 from ..relaxation import Contrast
 from . import layout, ops
-from .graphs import Graphs, Kept, Turn, capturing, device_context
+from .graphs import Graphs, Kept, Turn, capturing, context
 
 MAX_CONTRASTS = 8  # signatures kept
 Gradients = tuple[Tensor, Tensor]
@@ -29,7 +29,7 @@ class Contrasts:
         self.jobs = [_on_copies(job, copies) for job in jobs]
         self.found: list[Gradients] = []
         self.graphs = Graphs()
-        self.turn = Turn()
+        self.turn = Turn(jobs[0].weight.device)
 
     def run(self, jobs: Sequence[Contrast]) -> list[Gradients]:
         weight = jobs[0].weight
@@ -51,7 +51,7 @@ _kept: Kept[Contrasts] = Kept(MAX_CONTRASTS)
 def contrasts(jobs: Sequence[Contrast]) -> list[Gradients]:
     """Gradients of the weight and the bias of each connection, in the dtype of its weight."""
     weight = jobs[0].weight
-    with device_context(weight):
+    with context(weight):
         if weight.device.type != "cuda" or capturing(weight):
             return [contrast(job) for job in jobs]
         return _kept.get(signature(jobs), lambda: Contrasts(jobs)).run(jobs)

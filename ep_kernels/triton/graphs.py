@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+_one_capture = threading.Lock()  # torch allows one at a time in a process
 
 
 class Graphs:
@@ -19,6 +21,7 @@ class Graphs:
         self.seen: set[Hashable] = set()
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self.pool: Any = None
+        self.stream: torch.cuda.Stream | None = None  # not torch's default: that is of whichever device came first
 
     def run(self, key: Hashable, launch: Callable[[], object], device: torch.device) -> None:
         """Do what ``launch`` does. On CPU tensors (the interpreter) there are no graphs."""
@@ -27,27 +30,37 @@ class Graphs:
             self.seen.add(key)
             return
         if key not in self.graphs:
-            if self.pool is None:
-                self.pool = torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                launch()
-            self.graphs[key] = graph
+            self.graphs[key] = self._captured(launch, device)
         self.graphs[key].replay()
+
+    def _captured(self, launch: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+        if self.stream is None:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        graph = torch.cuda.CUDAGraph()
+        with (
+            _one_capture,
+            torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+        ):
+            launch()
+        return graph
 
 
 class Turn:
     """One user of some buffers at a time: threads wait here, streams on the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device, *, wait: bool = True) -> None:
+        """After the buffers were made; ``wait=False``: within a capture, where there is one user only."""
         self.lock = threading.Lock()
         self.last: torch.cuda.Event | None = None
+        self.waits = wait and device.type == "cuda"
+        if self.waits:
+            self._mark(torch.cuda.current_stream(device))
 
     @contextmanager
-    def taken(self, tensor: Tensor, *, wait: bool = True) -> Iterator[None]:
-        """Within, the current stream of the tensor's device has the buffers. ``wait=False``: within a capture."""
+    def taken(self, tensor: Tensor) -> Iterator[None]:
+        """Within, the current stream of the tensor's device has the buffers."""
         with self.lock:
-            if tensor.device.type != "cuda" or not wait:
+            if not self.waits:
                 yield
                 return
             stream = torch.cuda.current_stream(tensor.device)
@@ -56,13 +69,17 @@ class Turn:
             try:
                 yield
             finally:
-                self.last = torch.cuda.Event()
-                self.last.record(stream)
+                self._mark(stream)
 
     def finish(self) -> None:
         """Wait on the host for the last user: the buffers may go."""
-        if self.last is not None:
-            self.last.synchronize()
+        with self.lock:
+            if self.last is not None:
+                self.last.synchronize()
+
+    def _mark(self, stream: torch.cuda.Stream) -> None:
+        self.last = torch.cuda.Event()
+        self.last.record(stream)
 
 
 class Turned(Protocol):
@@ -99,9 +116,13 @@ class Kept(Generic[T]):
             self.items.clear()
 
 
-def device_context(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's device the current one, on which Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+@contextmanager
+def context(tensor: Tensor) -> Iterator[None]:
+    """How kernels run: on the tensor's device, which Triton takes from torch; and without the caller's modes. Buffers
+    outlive inference mode, and what goes through ATen must not follow autocast."""
+    device = torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+    with device, torch.inference_mode(False), torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+        yield
 
 
 def capturing(tensor: Tensor) -> bool:

@@ -34,11 +34,22 @@ class Call:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the compiler. ``enable_fp_fusion`` is its default, but triton 3.9 warns unless it is named."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        """Of the compiler. ``enable_fp_fusion`` is its default, but triton 3.9 warns unless it is named. ``maxnreg`` is
+        what the hardware has: without it, ptxas spills a few registers when one more program fits that way."""
+        return {
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "enable_fp_fusion": True,
+            "maxnreg": registers(self.warps),
+        }
 
     def __call__(self) -> None:
         self.kernel[self.programs](**self.arguments, **self.options)
+
+
+def registers(warps: int) -> int:
+    """The most that a thread can have: 65,536 for all of a program, 255 for one."""
+    return min(255, 65536 // (32 * warps))
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ def step_call(
     n, h, w, c = new.shape
     size = loops[0].a.element_size() if loops else 4
     depth = sum(loop.b.shape[1] for loop in loops)
-    tile = tile or choose_tile(Problem("step", n, h, w, c, depth, size), arch)
+    tile = tile or choose_tile(Problem("step", n, h, w, c, depth, size, False, products if loops else "ieee"), arch)
     tile = _short_steps(tile, products, size, arch)
     tn, th, tw = box_of(tile.rows, n // phases, h, w)
     bk = _depth(tile, [loop.a.shape[3] for loop in loops])
@@ -203,7 +214,7 @@ def drive_call(
     the drive's. With ``unpooled``, P^-1 of ``state`` is written there."""
     n, hp, wp, c = drive.shape
     h, w = (2 * hp, 2 * wp) if pool != NONE else size  # an odd last row or column is in no window
-    problem = Problem("drive", n, h, w, c, loop.b.shape[1], loop.a.element_size(), pool != NONE)
+    problem = Problem("drive", n, h, w, c, loop.b.shape[1], loop.a.element_size(), pool != NONE, products)
     tile = _short_steps(tile or choose_tile(problem, arch), products, problem.element_size, arch)
     tn, th, tw = box_of(tile.rows, n // phases, h, w, pool != NONE)
     bk = _depth(tile, [loop.a.shape[3]])
@@ -264,7 +275,8 @@ def head_call(
     """kernels/head.py on buffers: ``total`` [n, H, W, padded C], ``weight`` [O, H W padded C]."""
     n, features = total.shape[0], weight.shape[1]
     outputs = weight.shape[0]
-    samples, wide = 16, 64
+    padded = max(16, _power_of_two(outputs))
+    samples, wide, warps = (16, 64, 4) if padded <= 16 else (16, 16, 8)  # weights of all outputs lie in registers
     arguments = dict(
         state=state,
         free=free,
@@ -285,9 +297,9 @@ def head_call(
         STOP=stop,
         BS=samples,
         BF=wide,
-        BO=max(16, 1 << (outputs - 1).bit_length()),
+        BO=padded,
     )
-    return Call(head_kernels.head_gradient, (math.ceil(n / samples), math.ceil(features / wide)), arguments, 4, 2)
+    return Call(head_kernels.head_gradient, (math.ceil(n / samples), math.ceil(features / wide)), arguments, warps, 2)
 
 
 def contrast_calls(
@@ -308,15 +320,14 @@ def contrast_calls(
     n, h, w, co = diff_above.shape
     _, hb, wb, ci = mean_below.shape
     taps = kernel[0] * kernel[1]
-    problem = Problem("contrast", n, h, w, co, taps * ci, diff_above.element_size())
+    problem = Problem("contrast", n, h, w, co, taps * ci, diff_above.element_size(), False, products)
     tile = _short_steps(tile or choose_tile(problem, arch), products, problem.element_size, arch)
     bm, bn = min(tile.rows, _power_of_two(co)), min(tile.columns, _power_of_two(ci))
     flat = flat_box(tile.depth, h, w)
     tn, th, tw = flat or box_of(tile.depth, n, h, w)
     tiles = math.ceil(n / tn) * math.ceil(h / th) * math.ceil(w / tw)
     blocks = math.ceil(co / bm) * taps * math.ceil(ci / bn)
-    splits = min(tiles, max(1, round(2 * arch.processors / blocks)))
-    share = math.ceil(tiles / splits)
+    share = math.ceil(tiles / splits_of(blocks, tiles, arch))
     splits = math.ceil(tiles / share)
     partial = torch.empty(splits, co, taps, ci, dtype=torch.float32, device=out.device)
     above, below = (tile.depth, bm) if flat else (tn, th, tw, bm), (tn, th, tw, bn)
@@ -356,9 +367,16 @@ def contrast_calls(
     return [products_call, add_up_call(partial.view(splits, -1), out, out.shape[2], ci, scale)]
 
 
+def splits_of(blocks: int, tiles: int, arch: Arch) -> int:
+    """Into how many parts the positions go: the fewest rounds over the multiprocessors times tiles of a part."""
+    most = min(tiles, max(1, 4 * arch.processors // blocks))
+    return min(range(1, most + 1), key=lambda s: (math.ceil(blocks * s / arch.processors) * math.ceil(tiles / s), s))
+
+
 def add_up_call(partial: Tensor, out: Tensor, columns: int, padded_columns: int, scale: float) -> Call:
     """``out = scale * partial.sum(0)`` without padding columns; ``out`` may have fewer rows than ``partial``."""
-    block = 1024
+    rows = min(32, _power_of_two(partial.shape[0]))
+    block = 1024 // rows
     arguments = dict(
         partial=partial,
         out=out,
@@ -368,6 +386,7 @@ def add_up_call(partial: Tensor, out: Tensor, columns: int, padded_columns: int,
         C=columns,
         CP=padded_columns,
         scale=float(scale),
+        ROWS=rows,
         BLOCK=block,
     )
     return Call(contrast_kernels.add_up, (math.ceil(out.numel() / block),), arguments, 4, 1)
@@ -400,6 +419,7 @@ def difference_call(
         diff=diff,
         mean=mean,
         bias=bias,
+        second=b * h * w * channels,
         P=b * h * w,
         H=h,
         W=w,
@@ -446,14 +466,15 @@ def _operand(tensor: Tensor, box: Sequence[int], arch: Arch) -> Any:
     """What a kernel loads tiles of ``box`` through. Descriptors are made on the host: a captured launch keeps them."""
     if not arch.tma:
         return tensor
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box))
+    strides = [math.prod(tensor.shape[i + 1 :]) for i in range(tensor.dim())]  # of sizes of 1 torch may say anything
+    return TensorDescriptor(tensor, list(tensor.shape), strides, list(box))
 
 
 def _short_steps(tile: Tile, products: str, size: int, arch: Arch) -> Tile:
     """The tile, shallower where products have no tensor cores: they hold a whole step's operands in registers."""
     if products != "ieee" or size != 4 or arch.name == INTERPRETER.name:
         return tile
-    return replace(tile, depth=min(tile.depth, 8))
+    return replace(tile, depth=min(tile.depth, 16))  # the least that tl.dot takes before triton 3.9
 
 
 def _depth(tile: Tile, channels: Sequence[int]) -> int:

@@ -60,7 +60,9 @@ def bind_head(
     shape = r.network.shapes[head.node]
     weight = buffers.loaded(
         ("head weight", h),
-        lambda: torch.zeros(layout.drive_size(present(r.head_weights[h]), shape), device=buffers.device),
+        lambda: torch.zeros(
+            layout.drive_size(present(r.head_weights[h]), shape), dtype=torch.float32, device=buffers.device
+        ),
         lambda out, r: layout.drive_views(out, present(r.head_weights[h]), shape),
     )
     bias = None
@@ -103,7 +105,7 @@ def plain_nudge(buffers: Buffers, launch: NudgeLaunch, heads: Sequence[tuple[int
     extra = buffers.given("extra", i, torch.float32, lambda r: r.extra[i], i) if i in r.extra else None
 
     def nudge() -> None:
-        s = torch.zeros(r.batch, *shape, device=buffers.device)
+        s = torch.zeros(r.batch, *shape, dtype=torch.float32, device=buffers.device)
         if state is not None:
             s += layout.as_tensor(state, shape).float() * inverse_scale
         if free is not None:

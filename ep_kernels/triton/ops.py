@@ -19,7 +19,7 @@ from ..plan import FORMS
 from ..precision import OPERANDS
 from . import layout
 from .arch import Arch, arch_of
-from .graphs import device_context
+from .graphs import context
 from .launch import (
     MAX,
     Addend,
@@ -46,7 +46,7 @@ def on_its_device(op: F) -> F:
 
     @wraps(op)
     def run(first: Tensor, *args: Any, **options: Any) -> Any:
-        with device_context(first):
+        with context(first):
             return op(first, *args, **options)
 
     return run  # type: ignore[return-value]
@@ -68,7 +68,7 @@ def drive(
 ) -> tuple[Tensor, Tensor]:
     """:func:`ep_kernels.reference.drive`; the second result is empty unless winners are found."""
     none = source.new_empty(0, dtype=torch.uint8)
-    if not _fuses(source, weight, stride):
+    if not _fuses(source, stride, linear=weight.dim() == 2):
         pooled, won = reference.drive(source, weight, stride, padding, POOLS[pool], winners)
         return pooled, none if won is None or winners is not None else won
     arch = arch_of(source.device)
@@ -128,14 +128,18 @@ def relax_step(
     loops: list[Loop] = []
     for i, (source, weight, gain) in enumerate(zip(below, below_weights, below_gains, strict=True)):
         stride, padding, pool = _geometry(below_geometry, i)
-        if pool == 0 and source.shape[0] == n and len(loops) < 4 and _fuses(source, weight, stride):
+        if pool == 0 and source.shape[0] == n and len(loops) < 4 and _fuses(source, stride, linear=weight.dim() == 2):
             loops.append(_drive(source, weight, padding, pool, gain)[2])
         else:
             terms.append((drive(source, weight, stride, padding, pool)[0], gain))
     for i, (top, weight, gain) in enumerate(zip(above, above_weights, above_gains, strict=True)):
         stride, padding, pool = _geometry(above_geometry, i)
         won = above_winners[i] if POOLS[pool] == "max" else None
-        if len(loops) < 4 and _fuses(state, weight, stride) and not (weight.dim() == 2 and state.dim() == 4):
+        if (
+            len(loops) < 4
+            and _fuses(state, stride, linear=weight.dim() == 2)
+            and not (weight.dim() == 2 and state.dim() == 4)
+        ):
             loops.insert(0, _feedback(top, weight, shape, padding, pool, won, gain))
         else:
             back = reference.feedback(top, weight, shape, stride, padding, POOLS[pool], won)
@@ -205,7 +209,7 @@ def contrast(
     them, split over positions, and one adds the parts up in a fixed order.
     """
     kind = OPERANDS[operands]
-    if not _fuses(source, torch.empty(0).expand(*[0] * len(weight_shape)), stride):
+    if not _fuses(source, stride, linear=len(weight_shape) == 2):
         if dtype is not None:
             source, target, target_delta = source.to(dtype), target.to(dtype), target_delta.to(dtype)
             source_delta = None if source_delta is None else source_delta.to(dtype)
@@ -233,7 +237,7 @@ def contrast(
         mean_s = mean_s.view(mean_s.shape[0], 1, 1, -1)
         diff_s = None if diff_s is None else diff_s.view(mean_s.shape)
     real = mean_s.shape[3] if linear else source.shape[1]
-    weight = torch.empty(weight_shape[0], kernel[0] * kernel[1], real, device=device)
+    weight = torch.empty(weight_shape[0], kernel[0] * kernel[1], real, dtype=torch.float32, device=device)
     last_gain = target_gain if source_delta is None else source_gain
     for call in contrast_calls(
         arch,
@@ -249,7 +253,7 @@ def contrast(
         weight,
     ):
         call()
-    bias = torch.empty(weight_shape[0], device=device)
+    bias = torch.empty(weight_shape[0], dtype=torch.float32, device=device)
     add_up_call(sums, bias, weight_shape[0], sums.shape[1], scale * target_gain)()
     if linear:
         shape = source.shape[1:]
@@ -289,7 +293,7 @@ def _ends(
         won = layout.as_map(_repeated(winners, 2 * b if live else b)).contiguous()
     positions = states.shape[0] * states.shape[1] * states.shape[2]
     rows = difference_programs(arch, positions)
-    sums = torch.empty(rows, diff.shape[3], device=free.device)
+    sums = torch.empty(rows, diff.shape[3], dtype=torch.float32, device=free.device)
     difference_call(
         arch,
         states,
@@ -308,12 +312,12 @@ def _ends(
     return diff, mean, sums
 
 
-def _fuses(source: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
-    """Whether the kernels take this connection; what they do not take goes through ATen, and says so once."""
+def _fuses(source: Tensor, stride: Sequence[int], *, linear: bool) -> bool:
+    """Whether the kernels take this connection; else it goes through ATen (a dtype says so once)."""
     if source.dtype not in DTYPES:
         log_dtype(str(source.dtype))
         return False
-    return source.numel() > 0 and (weight.dim() == 2 or tuple(stride) == (1, 1))
+    return source.numel() > 0 and (linear or tuple(stride) == (1, 1))
 
 
 def _geometry(flat: Sequence[int], i: int) -> tuple[Sequence[int], Sequence[int], int]:

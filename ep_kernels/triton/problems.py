@@ -6,6 +6,7 @@ A test compares them with what :func:`~ep_kernels.triton.tiling.choose_tile` is 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -20,6 +21,7 @@ from .tiling import Problem
 def training_problems(network: Network, config: RelaxConfig, batch: int) -> list[Problem]:
     """Problems of the free phase, the nudged phase and the contrast of ``batch`` samples, each once, in that order."""
     size = config.operands.itemsize if isinstance(config.operands, torch.dtype) else 4
+    products = "tf32" if config.operands == "tf32" else "ieee"
     phases = 2 if config.estimator == "symmetric" else 1
     found: dict[Problem, None] = {}
     for lowered, n in ((_free(network, config), batch), (_nudged(network, config), phases * batch)):
@@ -28,7 +30,7 @@ def training_problems(network: Network, config: RelaxConfig, batch: int) -> list
                 found |= dict.fromkeys(_of_launch(network, launch, n, size))
     for conn in network.connections:
         found |= dict.fromkeys(_of_contrast(network, conn, batch, size))
-    return list(found)
+    return [replace(p, products=products) if p.depth else p for p in found]
 
 
 def _free(network: Network, config: RelaxConfig) -> Lowered:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Program:
     """Buffers and bound launches of one signature (network, plan, shapes, precision, constants; not the tensors, not
     the number of sweeps). ``capacity``: most sweeps that the residual has room for.
 
-    :meth:`load` copies a relaxation's tensors in, :meth:`actions` binds lowered launches once, :meth:`results` copies
+    :meth:`loaded` copies a relaxation's tensors in, :meth:`actions` binds lowered launches once, :meth:`results` copies
     out, so that nothing returned is overwritten by the next run.
     """
 
@@ -62,9 +63,14 @@ class Program:
             )
         return self.lowered[steps]
 
-    def load(self, r: Relaxation) -> None:
-        """Copy the tensors of a relaxation into the buffers; :meth:`results` forgets them."""
-        self.buffers.load(r)
+    @contextmanager
+    def loaded(self, r: Relaxation) -> Iterator[None]:
+        """Within, the buffers hold copies of the relaxation's tensors, and new ones are filled when made."""
+        try:
+            self.buffers.load(r)
+            yield
+        finally:
+            self.buffers.release()
 
     def actions(self, launches: Launches) -> list[Action]:
         """What to call for these launches, bound on first use."""
@@ -80,6 +86,10 @@ class Program:
         self.control.zero_()
         self.residual.view(torch.float32).fill_(-1.0)
         self.buffers.start()
+        if self.stops and self.r.form != "states":  # it may stop before a node's first update
+            for name in ("state 0", "state 1"):
+                if name in self.buffers.shelves:
+                    self.buffers.shelves[name].zero_()
 
     def results(self, steps: int) -> Relaxed:
         """Copies of what the last run left."""
@@ -90,7 +100,6 @@ class Program:
         by_slot = {slot: buffers.results(copy, buffers.nodes) for slot, copy in copies.items()}
         assert buffers.inputs is not None
         states: list[Tensor | None] = [buffers.inputs.states[0]]
-        buffers.release()
         states += [by_slot[lowered.slots[i]][i] if i in updated else self.zeros(i) for i in buffers.nodes]
         pre: list[Tensor | None] = []
         if r.keep:
@@ -112,10 +121,8 @@ class Program:
 
     def zeros(self, i: int) -> Tensor:
         """The state of a node that no launch reached."""
-        buffers = self.buffers
-        return layout.take(
-            layout.new_map(self.r.batch, buffers.nodes[i], buffers.storage, buffers.device), buffers.nodes[i]
-        )
+        shape = (self.r.batch, *self.buffers.nodes[i])
+        return torch.zeros(shape, dtype=self.buffers.storage, device=self.buffers.device)
 
     # --- binding ------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 from ..plan import Plan, Step
 from ..relaxation import Relaxation, Relaxed, relax_reference
 from . import arch
-from .graphs import Graphs, Kept, Turn, capturing, device_context
+from .graphs import Graphs, Kept, Turn, capturing, context
 from .lower import Launches, Lowered
 from .program import Program
 
@@ -22,26 +22,27 @@ BLOCK = 16  # steady sweeps in one graph; an even number, so that `sync` ends in
 
 
 class Runner:
-    """A program with its graphs. The first run launches its kernels one by one (and compiles them), others replay.
+    """A program with its graphs. The first run launches its kernels one by one (and compiles them), others replay;
+    without ``graphs`` all launch, into the user's own capture.
 
     A run of T sweeps is cut into graphs of [start ... sweep h), 0 or more of BLOCK steady sweeps, and the last sweep
     with what follows it: other T reuse the blocks.
     """
 
-    def __init__(self, r: Relaxation, capacity: int):
+    def __init__(self, r: Relaxation, capacity: int, *, graphs: bool = True):
         self.program = Program(r, arch.arch_of(r.weights[0].device), capacity)
+        self.captures = graphs
         self.cut: dict[int, list[int]] = {}  # by number of sweeps: its chunks
         self.chunks: list[tuple[Launches, ...]] = []
         self.graphs = Graphs()
-        self.turn = Turn()
+        self.turn = Turn(r.weights[0].device, wait=graphs)
 
-    def run(self, r: Relaxation, *, graphs: bool) -> Relaxed:
-        """One relaxation; without ``graphs`` every kernel is launched (into the user's own capture)."""
-        with self.turn.taken(r.weights[0], wait=graphs):
-            self.program.load(r)
+    def run(self, r: Relaxation) -> Relaxed:
+        """One relaxation."""
+        with self.turn.taken(r.weights[0]), self.program.loaded(r):
             for number, chunk in enumerate(self._cut(r.steps)):
                 launch = partial(self._launch, chunk, begin=number == 0)
-                if graphs:
+                if self.captures:
                     self.graphs.run(chunk, launch, r.weights[0].device)
                 else:
                     launch()
@@ -85,17 +86,17 @@ def relax(r: Relaxation) -> Relaxed:
     if weight.dtype != torch.float32:
         log_dtype(str(weight.dtype))
         return relax_reference(r)
-    with device_context(weight):
+    with context(weight):
         return _relax(r)
 
 
 def _relax(r: Relaxation) -> Relaxed:
     if capturing(r.weights[0]):
         # the user's own graph: buffers come from its pool and live as long as it does
-        return Runner(r, r.steps).run(r, graphs=False)
+        return Runner(r, r.steps, graphs=False).run(r)
     capacity = max(64, 1 << (r.steps - 1).bit_length())
     key = signature(r, capacity)
-    return _runners.get(key, lambda: Runner(r, capacity)).run(r, graphs=True)
+    return _runners.get(key, lambda: Runner(r, capacity)).run(r)
 
 
 @lru_cache(maxsize=8)

@@ -46,8 +46,8 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
     ),
     ("sm_86", 4): _tiles((128, 64, 32, 8, 2), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3), (32, 32, 32, 2, 3)),
     ("sm_90", 2): _tiles(
-        (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
-        (64, 64, 64, 4, 4), (32, 64, 64, 4, 4),
+        (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4),
+        (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4),
     ),
     ("sm_90", 4): _tiles((128, 128, 32, 8, 4), (128, 64, 32, 4, 4), (64, 64, 32, 4, 4), (32, 64, 32, 4, 4)),
     ("sm_100", 2): _tiles(
@@ -74,6 +74,7 @@ class Problem:
     depth: int
     element_size: int
     pooled: bool = False
+    products: str = "ieee"  # of float32 operands: on tensor cores if "tf32"
 
 
 Box = tuple[int, int, int]
@@ -151,10 +152,10 @@ def _estimated(problem: Problem, arch: Arch) -> Tile:
 def candidates(problem: Problem, arch: Arch) -> tuple[Tile, ...]:
     """Tiles of the table that fit the problem, largest first.
 
-    A step's epilogue leaves registers for 64 accumulators a thread; sm_100 has tensor memory for them.
+    The epilogue of a drive leaves registers for 128 accumulators a thread, that of others for 64.
     """
     tiles = TABLE[arch.name, problem.element_size]
-    if problem.kernel != "step" or arch.name == "sm_100":
+    if problem.kernel == "drive":
         return tiles
     return tuple(tile for tile in tiles if tile.rows * tile.columns <= 64 * 32 * tile.warps)
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +19,32 @@ from tests.core.nets import NETWORKS, problem
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
     monkeypatch.setattr(backends, "_logged", set())
+    backends._triton_missing.cache_clear()
+    yield
+    backends._triton_missing.cache_clear()
+
+
+def triton_is(
+    monkeypatch: pytest.MonkeyPatch,
+    version: str | None = "3.9.0",
+    capability: tuple[int, int] | None = None,
+    *,
+    interpreter: bool = False,
+    hip: str | None = None,
+) -> None:
+    """Pretend that this version of triton is installed (None: none is), beside devices of this capability."""
+    find, version_of = importlib.util.find_spec, importlib.metadata.version
+    spec = None if version is None else object()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: spec if name == "triton" else find(name, *a))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "triton" else version_of(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreter)))
+    backends._triton_missing.cache_clear()
 
 
 def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +71,8 @@ def test_auto_falls_back_to_the_reference_and_logs_each_reason_once(
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_a_named_backend_that_cannot_run_raises_with_the_reason(name: str) -> None:
+def test_a_named_backend_that_cannot_run_raises_with_the_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_is(monkeypatch, None)
     reason = backends.status()[name]
     assert reason
     p = problem(NETWORKS["max"])
@@ -100,6 +130,7 @@ def test_unknown_names_are_refused_with_the_valid_ones(name: str) -> None:
 
 
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_is(monkeypatch, None)
     monkeypatch.setenv(backends.ENVIRONMENT, "reference")
     assert backends.requested() == backends.choose() == "reference"
     monkeypatch.setenv(backends.ENVIRONMENT, "triton")
@@ -139,3 +170,110 @@ def test_the_reference_backend_calls_no_compiled_op(monkeypatch: pytest.MonkeyPa
         ep_kernels.ep_gradients(p.network, p.parameters, p.x, p.targets)
     with pytest.raises(AssertionError, match="compiled op"), backend("cpu"):
         ep_kernels.ep_gradients(p.network, p.parameters, p.x, p.targets)
+
+
+# --- triton ---------------------------------------------------------------------------------------------------------
+
+
+def test_why_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {
+        "triton is not installed: pip install 'ep-kernels[triton]'": {"version": None, "capability": (9, 0)},
+        "it needs triton >= 3.4, this is 3.3.1": {"version": "3.3.1", "capability": (9, 0)},
+        "it needs triton >= 3.4, this is 2.10.0": {"version": "2.10.0", "capability": (9, 0)},
+        "no CUDA device is available": {"version": "3.4.0"},
+        "PyTorch is built for ROCm; the kernels are for NVIDIA GPUs": {"capability": (9, 0), "hip": "6.4"},
+        None: {"capability": (7, 5)},  # its device is refused when tensors come from it
+    }
+    for reason, world in reasons.items():
+        with monkeypatch.context() as patch:
+            triton_is(patch, **world)  # type: ignore[arg-type]
+            assert backends.status()["triton"] == reason
+            if reason is not None:
+                with pytest.raises(BackendError) as caught:
+                    backends.choose("cuda:0", torch.float32, "triton")
+                assert str(caught.value) == f"backend 'triton' cannot run: {reason}"
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.10.1+gitabc", "4.0.0a1"])
+def test_versions_of_triton_that_will_do(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_is(monkeypatch, version, (8, 0))
+    assert backends.status()["triton"] is None
+
+
+def test_triton_as_part_of_another_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nightly builds of PyTorch bring the module triton as pytorch-triton."""
+    triton_is(monkeypatch, "3.9.0", (9, 0))
+
+    def no_such_name(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", no_such_name)
+    for version, ok in (("3.9.0+git1234", True), ("3.2.0", False)):
+        monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+        backends._triton_missing.cache_clear()
+        assert (backends.status()["triton"] is None) == ok
+
+
+def test_triton_is_the_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="ep_kernels")
+    triton_is(monkeypatch, capability=(9, 0))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert backends.choose("cuda:0", dtype) == backends.choose("cuda:0", dtype, "triton") == "triton"
+    assert backends.choose("cuda:0", storage=torch.float16) == "triton"
+    assert backends.choose("cpu") == "cpu"
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages.count("backend triton is not used: it runs on cuda tensors, these are on cpu") == 1
+    with pytest.raises(BackendError, match=r"^backend 'triton' cannot run: it runs on cuda tensors, these are on cpu$"):
+        backends.choose("cpu", torch.float32, "triton")
+    with backend("triton"):
+        assert backends.choose("cuda:1") == "triton"
+    with pytest.raises(BackendError, match=r"it computes in float32, float16 and bfloat16, these are torch\.int32"):
+        backends.choose("cuda:0", torch.int32, "triton")
+
+
+def test_float64_falls_back_to_the_reference(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """By name with a log line, once; automatically as for every backend that has no kernels for a dtype."""
+    caplog.set_level(logging.INFO, logger="ep_kernels")
+    triton_is(monkeypatch, capability=(9, 0))
+    assert [backends.choose("cuda:0", torch.float64, "triton") for _ in range(2)] == ["reference"] * 2
+    reason = "it computes in float32 and narrower; float64 falls back to the reference"
+    assert [r.getMessage() for r in caplog.records] == [f"backend triton is not used: {reason}"]
+    assert backends.choose("cuda:0", torch.float64) == "reference"
+    with pytest.raises(BackendError, match="it runs on cuda tensors, these are on cpu"):
+        backends.choose("cpu", torch.float64, "triton")
+    triton_is(monkeypatch, None)
+    with pytest.raises(BackendError, match="triton is not installed"):
+        backends.choose("cuda:0", torch.float64, "triton")
+
+
+def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="ep_kernels")
+    triton_is(monkeypatch, capability=(7, 5))
+    reason = "it needs compute capability 8.0 or newer, cuda:0 has 7.5"
+    assert [backends.choose("cuda:0") for _ in range(2)] == ["reference"] * 2
+    assert [r.getMessage() for r in caplog.records].count(f"backend triton is not used: {reason}") == 1
+    with pytest.raises(BackendError, match=reason.replace(".", r"\.")):
+        backends.choose("cuda:0", name="triton")
+
+
+def test_the_interpreter_is_never_the_automatic_choice(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="ep_kernels")
+    triton_is(monkeypatch, interpreter=True)
+    assert backends.interpreting()
+    assert backends.status()["triton"] is None
+    assert backends.choose("cpu") == "cpu"
+    reason = "TRITON_INTERPRET runs it on the CPU, slowly and for tests: ask for it by name"
+    assert [r.getMessage() for r in caplog.records].count(f"backend triton is not used: {reason}") == 1
+    with backend("triton"):
+        assert backends.choose("cpu") == "triton"
+        assert backends.choose("cpu", torch.float64) == "reference"
+    monkeypatch.setenv("TRITON_INTERPRET", "")
+    assert not backends.interpreting()
+
+
+def test_triton_is_imported_when_it_runs_and_not_before() -> None:
+    code = "import sys; from ep_kernels import backends as b; b.choose(); b.status(); print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

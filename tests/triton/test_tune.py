@@ -26,7 +26,7 @@ DEVICE = "NVIDIA Test 9000"
 ARCH = KNOWN[90]
 STEP = Problem("step", 256, 16, 16, 128, 1152, 2)
 DRIVE = Problem("drive", 256, 16, 16, 128, 1152, 2, True)
-TILES = tiling.TABLE["sm_90", 2]
+TILES = tiling.candidates(STEP, ARCH)
 
 
 @pytest.fixture(autouse=True)
@@ -231,9 +231,9 @@ def timer(times: dict[Tile, float]) -> Callable[[Callable[[], None]], float]:
 
 
 def test_the_fastest_wins() -> None:
-    measured = measure.measure(STEP, ARCH, FakeBench(), timer({TILES[5]: 0.25, TILES[3]: 0.5}))
+    measured = measure.measure(STEP, ARCH, FakeBench(), timer({TILES[4]: 0.25, TILES[3]: 0.5}))
     assert measured.winner is not None
-    assert measured.winner.tile == TILES[5]
+    assert measured.winner.tile == TILES[4]
     assert measured.gain == 4.0
     assert [c.tile for c in measured.candidates] == list(tiling.candidates(STEP, ARCH))
 
@@ -258,11 +258,11 @@ def refused() -> float:
     ],
 )
 def test_a_wrong_or_failing_tile_is_rejected(result: Callable[[], float], why: str) -> None:
-    measured = measure.measure(STEP, ARCH, FakeBench({TILES[5]: result}), timer({TILES[5]: 0.1, TILES[3]: 0.5}))
+    measured = measure.measure(STEP, ARCH, FakeBench({TILES[4]: result}), timer({TILES[4]: 0.1, TILES[3]: 0.5}))
     assert measured.winner is not None
     assert measured.winner.tile == TILES[3]
     (rejected,) = [c for c in measured.candidates if c.error is not None]
-    assert rejected.tile == TILES[5]
+    assert rejected.tile == TILES[4]
     assert rejected.seconds is None
     assert why in str(rejected.error)
     assert "and more" not in str(rejected.error)

@@ -10,7 +10,7 @@ from .tiles import block, patch
 def difference_and_mean(
     free, delta, winners,  # [P positions, C] (delta of both phases: twice as many), uint8 [P or 2 P, C]
     diff, mean, bias,  # [N, HU, WU, CP] (zero where no winner is), partial sums [programs, CP]
-    P, H, W, C, CP, HU, WU, mean_gain, gain,
+    second, P, H, W, C, CP, HU, WU, mean_gain, gain,  # second: P C, where the other phase begins
     PHASES: tl.constexpr, POOL: tl.constexpr, LIVE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Per position ``d = d+ - d-`` and ``m = s + mean_gain (d+ + d-)``, at the winners; sums d over positions.
@@ -27,7 +27,7 @@ def difference_and_mean(
         d = tl.load(delta + at, mask=mask, other=0.0).to(tl.float32)
         both = d
         if PHASES == 2:
-            minus = tl.load(delta + P.to(tl.int64) * C + at, mask=mask, other=0.0).to(tl.float32)
+            minus = tl.load(delta + second + at, mask=mask, other=0.0).to(tl.float32)
             both = d + minus
             d -= minus
         m = s + mean_gain * both
@@ -44,7 +44,7 @@ def difference_and_mean(
                 won = tl.load(winners + at, mask=mask, other=255)
                 won_minus = won
                 if LIVE:
-                    won_minus = tl.load(winners + P.to(tl.int64) * C + at, mask=mask, other=255)
+                    won_minus = tl.load(winners + second + at, mask=mask, other=255)
             for q in tl.static_range(4):
                 if POOL == 2:
                     dq, mq = d * 0.25, m * 0.25
@@ -118,13 +118,14 @@ def contrast(
 
 
 @triton.jit
-def add_up(partial, out, rows, size, stride, C, CP, scale, BLOCK: tl.constexpr):
-    """``out = scale * sum over rows of partial [rows, stride]``, in their order, without padding channels (CP to C)."""
+def add_up(partial, out, rows, size, stride, C, CP, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """``out = scale * sum over rows of partial [rows, stride]`` in a fixed order; padding channels (CP) go."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
-    at = (i // C).to(tl.int64) * CP + i % C
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for _ in range(rows):
-        total += tl.load(partial + at, mask=mask, other=0.0)
-        at += stride
-    tl.store(out + i, scale * total, mask=mask)
+    row = tl.arange(0, ROWS)
+    at = row.to(tl.int64)[:, None] * stride + ((i // C).to(tl.int64) * CP + i % C)[None, :]
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for first in range(0, rows, ROWS):
+        total += tl.load(partial + at, mask=(first + row < rows)[:, None] & mask[None, :], other=0.0)
+        at += ROWS * stride
+    tl.store(out + i, scale * tl.sum(total, axis=0), mask=mask)

@@ -8,8 +8,8 @@ from .tiles import convolve, place
 
 @triton.jit
 def larger(left, right, index_left, index_right):
-    """The larger of two and its index; the left one wins ties, NaN wins over numbers (as in max_pool2d)."""
-    take = (right > left) | (right != right)
+    """The larger of two and its index; the left one wins ties, the first NaN wins over numbers."""
+    take = (right > left) | ((right != right) & (left == left))
     return tl.where(take, right, left), tl.where(take, index_right, index_left)
 
 

@@ -26,13 +26,13 @@ def finish_sweep(control, residual, t, N, tol, STOP: tl.constexpr):
 
 @triton.jit
 def update(
-    acc, gain, base, shared, above, row, row_above, inside, c0, bias, finished0, finished1, f0, f1, nudge,
-    nudge_gain, old, pre, winners, new, operand, unpooled, pre_out, CO, C, WU, damping, slope, lo, hi, scale,
+    acc, base, shared, above, row, row_above, inside, c0, bias, finished0, finished1, f0, f1, nudge, nudge_gain,
+    old, pre, winners, new, operand, unpooled, pre_out, CO, C, WU, damping, slope, lo, hi, scale,
     FORM: tl.constexpr, ETA: tl.constexpr,
     SHARED0: tl.constexpr, SHARED1: tl.constexpr, NUDGE_SHARED: tl.constexpr, WINNERS_SHARED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue: reads what is not convolved, updates, stores. Returns the largest change per position, [BM].
+    """The epilogue: reads what is not convolved, updates, stores. Returns the largest changes, [BM, SLICE].
 
     Element offsets are 64-bit for the tile (``base``; ``shared`` in the first phase; ``above`` in the unpooled map) and
     32-bit within it (``row`` and ``row_above``, [BM]). Slices of SLICE channels go one after the other, so that the
@@ -41,62 +41,62 @@ def update(
     if BN > SLICE:
         left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
         first = update(
-            left, gain, base, shared, above, row, row_above, inside, c0, bias, finished0, finished1, f0, f1,
-            nudge, nudge_gain, old, pre, winners, new, operand, unpooled, pre_out, CO, C, WU, damping, slope, lo, hi,
-            scale, FORM, ETA, SHARED0, SHARED1, NUDGE_SHARED, WINNERS_SHARED, BM, BN // 2, SLICE,
+            left, base, shared, above, row, row_above, inside, c0, bias, finished0, finished1, f0, f1, nudge,
+            nudge_gain, old, pre, winners, new, operand, unpooled, pre_out, CO, C, WU, damping, slope, lo, hi, scale,
+            FORM, ETA, SHARED0, SHARED1, NUDGE_SHARED, WINNERS_SHARED, BM, BN // 2, SLICE,
         )  # fmt: skip
         second = update(
-            right, gain, base, shared, above, row, row_above, inside, c0 + BN // 2, bias, finished0, finished1, f0, f1,
-            nudge, nudge_gain, old, pre, winners, new, operand, unpooled, pre_out, CO, C, WU, damping, slope, lo, hi,
-            scale, FORM, ETA, SHARED0, SHARED1, NUDGE_SHARED, WINNERS_SHARED, BM, BN // 2, SLICE,
+            right, base, shared, above, row, row_above, inside, c0 + BN // 2, bias, finished0, finished1, f0, f1, nudge,
+            nudge_gain, old, pre, winners, new, operand, unpooled, pre_out, CO, C, WU, damping, slope, lo, hi, scale,
+            FORM, ETA, SHARED0, SHARED1, NUDGE_SHARED, WINNERS_SHARED, BM, BN // 2, SLICE,
         )  # fmt: skip
         return tl.maximum(first, second)
-    c = c0 + tl.arange(0, BN)
-    mask = inside[:, None] & (c < CO)[None, :]
-    at = row[:, None] + c[None, :]
-    acc *= gain
-    if bias is not None:
-        acc += tl.load(bias + c, mask=c < CO, other=0.0)[None, :]
-    if finished0 is not None:
-        acc += f0 * tl.load(finished0 + (shared if SHARED0 else base) + at, mask=mask, other=0.0)
-    if finished1 is not None:
-        acc += f1 * tl.load(finished1 + (shared if SHARED1 else base) + at, mask=mask, other=0.0)
-    if nudge is not None:
-        acc += nudge_gain * tl.load(nudge + (shared if NUDGE_SHARED else base) + at, mask=mask, other=0.0)
-    acc *= slope
-    if pre_out is not None:
-        tl.store(pre_out + base + at, acc, mask=mask)
-
-    was = tl.zeros((BM, BN), dtype=tl.float32)
-    if old is not None:
-        was = tl.load(old + base + at, mask=mask, other=0.0).to(tl.float32)
-        tl.debug_barrier()  # `new` may be the same memory, written by other threads than read it
-    if FORM == 0:
-        target = clip(acc, lo, hi)
     else:
-        free = tl.load(pre + shared + at, mask=mask, other=0.0)
-        target = delta_clip(free, acc, lo, hi, scale) if FORM == 1 else tangent_clip(free, acc, lo, hi)
-    if ETA != 1:
-        target = (1 - damping) * was + damping * target
-    if ETA == 2:
-        target = clip(target, lo, hi)
-    stored = tl.where((c < C)[None, :], target, 0.0).to(new.dtype.element_ty)
-    state = stored.to(tl.float32)
-    tl.store(new + base + at, stored, mask=mask)
-    if operand is not None:
-        tl.store(operand + base + at, state.to(operand.dtype.element_ty), mask=mask)
-    if unpooled is not None:
-        U: tl.constexpr = unpooled.dtype.element_ty
-        up = unpooled + above + (row_above[:, None] + c[None, :])
-        if winners is not None:
-            won = tl.load(winners + (shared if WINNERS_SHARED else base) + at, mask=mask, other=255)
-            for q in tl.static_range(4):
-                tl.store(up + (q // 2 * WU + q % 2) * CO, tl.where(won == q, state, 0.0).to(U), mask=mask)
+        c = c0 + tl.arange(0, BN)
+        mask = inside[:, None] & (c < CO)[None, :]
+        at = row[:, None] + c[None, :]
+        if bias is not None:
+            acc += tl.load(bias + c, mask=c < CO, other=0.0)[None, :]
+        if finished0 is not None:
+            acc += f0 * tl.load(finished0 + (shared if SHARED0 else base) + at, mask=mask, other=0.0)
+        if finished1 is not None:
+            acc += f1 * tl.load(finished1 + (shared if SHARED1 else base) + at, mask=mask, other=0.0)
+        if nudge is not None:
+            acc += nudge_gain * tl.load(nudge + (shared if NUDGE_SHARED else base) + at, mask=mask, other=0.0)
+        acc *= slope
+        if pre_out is not None:
+            tl.store(pre_out + base + at, acc, mask=mask)
+
+        was = tl.zeros((BM, BN), dtype=tl.float32)
+        if old is not None:
+            was = tl.load(old + base + at, mask=mask, other=0.0).to(tl.float32)
+        if FORM == 0:
+            target = clip(acc, lo, hi)
         else:
-            for q in tl.static_range(4):
-                tl.store(up + (q // 2 * WU + q % 2) * CO, (state * 0.25).to(U), mask=mask)
-    change = tl.max(magnitude((state - was) / scale), axis=1)
-    return tl.where(inside, change, 0)
+            free = tl.load(pre + shared + at, mask=mask, other=0.0)
+            target = delta_clip(free, acc, lo, hi, scale) if FORM == 1 else tangent_clip(free, acc, lo, hi)
+        if ETA != 1:
+            target = (1 - damping) * was + damping * target
+        if ETA == 2:
+            target = clip(target, lo, hi)
+        stored = tl.where((c < C)[None, :], target, 0.0).to(new.dtype.element_ty)
+        state = stored.to(tl.float32)
+        if old is not None:
+            tl.debug_barrier()  # it may be the same memory as `new`, read by other threads than write it
+        tl.store(new + base + at, stored, mask=mask)
+        if operand is not None:
+            tl.store(operand + base + at, state.to(operand.dtype.element_ty), mask=mask)
+        if unpooled is not None:
+            U: tl.constexpr = unpooled.dtype.element_ty
+            up = unpooled + above + (row_above[:, None] + c[None, :])
+            if winners is not None:
+                won = tl.load(winners + (shared if WINNERS_SHARED else base) + at, mask=mask, other=255)
+                for q in tl.static_range(4):
+                    tl.store(up + (q // 2 * WU + q % 2) * CO, tl.where(won == q, state, 0.0).to(U), mask=mask)
+            else:
+                for q in tl.static_range(4):
+                    tl.store(up + (q // 2 * WU + q % 2) * CO, (state * 0.25).to(U), mask=mask)
+        return magnitude((state - was) / scale)
 
 
 @triton.jit
@@ -135,26 +135,24 @@ def relax_step(
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     if a0 is not None:
         acc = convolve(acc, a0, b0, n0, h0, w0, c0, N, H0, W0, C0, OH0, OW0, CO,
-                       TAPS0, KW0, FLIP0, TN, TH, TW, BN, BK, TMA, PRODUCTS)  # fmt: skip
+                       TAPS0, KW0, FLIP0, TN, TH, TW, BN, BK, TMA, PRODUCTS) * m0  # fmt: skip
     if a1 is not None:
-        acc = convolve(acc * m0, a1, b1, n0, h0, w0, c0, N, H1, W1, C1, OH1, OW1, CO,
-                       TAPS1, KW1, FLIP1, TN, TH, TW, BN, BK, TMA, PRODUCTS)  # fmt: skip
+        acc = convolve(acc, a1, b1, n0, h0, w0, c0, N, H1, W1, C1, OH1, OW1, CO,
+                       TAPS1, KW1, FLIP1, TN, TH, TW, BN, BK, TMA, PRODUCTS) * m1  # fmt: skip
     if a2 is not None:
-        acc = convolve(acc * m1, a2, b2, n0, h0, w0, c0, N, H2, W2, C2, OH2, OW2, CO,
-                       TAPS2, KW2, FLIP2, TN, TH, TW, BN, BK, TMA, PRODUCTS)  # fmt: skip
+        acc = convolve(acc, a2, b2, n0, h0, w0, c0, N, H2, W2, C2, OH2, OW2, CO,
+                       TAPS2, KW2, FLIP2, TN, TH, TW, BN, BK, TMA, PRODUCTS) * m2  # fmt: skip
     if a3 is not None:
-        acc = convolve(acc * m2, a3, b3, n0, h0, w0, c0, N, H3, W3, C3, OH3, OW3, CO,
-                       TAPS3, KW3, FLIP3, TN, TH, TW, BN, BK, TMA, PRODUCTS)  # fmt: skip
+        acc = convolve(acc, a3, b3, n0, h0, w0, c0, N, H3, W3, C3, OH3, OW3, CO,
+                       TAPS3, KW3, FLIP3, TN, TH, TW, BN, BK, TMA, PRODUCTS) * m3  # fmt: skip
 
-    # the last gain waits for the epilogue's slices: on sm_100 they are read from tensor memory one at a time
-    gain = m0 if a1 is None else m1 if a2 is None else m2 if a3 is None else m3
     m = tl.arange(0, BM)
     n, y, x = m // (TH * TW), m // TW % TH, m % TW
     last = (phase + 1) * (N // PHASES)
     inside = (n0 + n < last) & (h0 + y < H) & (w0 + x < W)
     first = n0 - phase * (N // PHASES)  # the same sample in the first phase
     change = update(
-        acc.T, gain,
+        acc.T,
         ((n0 * H + h0).to(tl.int64) * W + w0) * CO,
         ((first * H + h0).to(tl.int64) * W + w0) * CO,
         ((n0 * HU + 2 * h0).to(tl.int64) * WU + 2 * w0) * CO,
@@ -166,6 +164,7 @@ def relax_step(
     )  # fmt: skip
 
     t = tl.load(control + 1)
+    change = tl.where(inside, tl.max(change, axis=1), 0)
     change = tl.max(change.reshape(TN, TH * TW), axis=1)
     sample = n0 + tl.arange(0, TN)
     tl.atomic_max(residual + t.to(tl.int64) * N + sample, change, mask=sample < last, sem="relaxed")
