@@ -46,14 +46,14 @@ TABLE: dict[tuple[str, int], tuple[Tile, ...]] = {
     ),
     ("sm_86", 4): _tiles((128, 64, 32, 8, 2), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3), (32, 32, 32, 2, 3)),
     ("sm_90", 2): _tiles(
-        (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4),
-        (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4),
+        (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
+        (64, 64, 64, 4, 4), (32, 64, 64, 4, 4),
     ),
     ("sm_90", 4): _tiles((128, 128, 32, 8, 4), (128, 64, 32, 4, 4), (64, 64, 32, 4, 4), (32, 64, 32, 4, 4)),
     ("sm_100", 2): _tiles(
         (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)
     ),
-    ("sm_100", 4): _tiles((128, 128, 32, 8, 4), (128, 64, 32, 4, 4), (64, 64, 32, 4, 4), (32, 64, 32, 4, 4)),
+    ("sm_100", 4): _tiles((128, 128, 32, 8, 4), (128, 64, 32, 8, 4), (64, 64, 32, 4, 4), (32, 64, 32, 4, 4)),
     ("sm_120", 2): _tiles((128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3)),
     ("sm_120", 4): _tiles((128, 64, 32, 8, 2), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
     ("interpreter", 2): _tiles((64, 32, 32, 4, 1), (32, 16, 16, 4, 1)),
@@ -152,12 +152,14 @@ def _estimated(problem: Problem, arch: Arch) -> Tile:
 def candidates(problem: Problem, arch: Arch) -> tuple[Tile, ...]:
     """Tiles of the table that fit the problem, largest first.
 
-    The epilogue of a drive leaves registers for 128 accumulators a thread, that of others for 64.
+    The epilogue of a drive leaves registers for 128 accumulators a thread, that of others for 64; products without
+    tensor cores hold their operands in registers too and leave room for 32.
     """
     tiles = TABLE[arch.name, problem.element_size]
-    if problem.kernel == "drive":
-        return tiles
-    return tuple(tile for tile in tiles if tile.rows * tile.columns <= 64 * 32 * tile.warps)
+    most = 128 if problem.kernel == "drive" else 64
+    if problem.element_size == 4 and problem.products == "ieee":
+        most = 32
+    return tuple(tile for tile in tiles if tile.rows * tile.columns <= most * 32 * tile.warps)
 
 
 def _power_of_two(n: int) -> int:
