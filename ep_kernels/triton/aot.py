@@ -331,17 +331,20 @@ def _difference(pool: int, *, live: bool = False) -> Callable[[Case], Call]:
     return call
 
 
-def _head(case: Case) -> Call:
-    storage = PRECISIONS[case.precision].storage
-    state, free, total = (
-        torch.empty(n, 1, 1, CHANNELS, dtype=dtype, device="meta")
-        for n, dtype in ((2 * SAMPLES, storage), (SAMPLES, storage), (2 * SAMPLES, torch.float32))
-    )
-    outputs = torch.empty(SAMPLES, 10, device="meta")
-    return head_call(
-        state, free, torch.empty(10, CHANNELS, device="meta"), outputs[0], outputs, total, _control(), phases=2,
-        softmax=True, weight_of_loss=1.0, temperature=2.0, inverse_scale=0.5, add=True, stop=True,
-    )  # fmt: skip
+def _head(classes: int) -> Callable[[Case], Call]:
+    def call(case: Case) -> Call:
+        storage = PRECISIONS[case.precision].storage
+        state, free, total = (
+            torch.empty(n, 1, 1, CHANNELS, dtype=dtype, device="meta")
+            for n, dtype in ((2 * SAMPLES, storage), (SAMPLES, storage), (2 * SAMPLES, torch.float32))
+        )
+        outputs = torch.empty(SAMPLES, classes, device="meta")
+        return head_call(
+            state, free, torch.empty(classes, CHANNELS, device="meta"), outputs[0], outputs, total, _control(),
+            phases=2, softmax=True, weight_of_loss=1.0, temperature=2.0, inverse_scale=0.5, add=True, stop=True,
+        )  # fmt: skip
+
+    return call
 
 
 def _add_up(case: Case) -> Call:
@@ -370,7 +373,8 @@ KINDS: dict[str, Callable[[Case], Call]] = {
     "difference max": _difference(MAX),
     "difference max live": _difference(MAX, live=True),
     "difference avg": _difference(AVG),
-    "head": _head,
+    "head of 128": _head(128),
+    "head of 10": _head(10),
     "add_up": _add_up,
 }
 

@@ -27,7 +27,7 @@ if interpreting():
 from ep_kernels.triton import aot
 from ep_kernels.triton.aot import KINDS, PRECISIONS, Case, Compiled, arch_named, compile_case, heaviest
 from ep_kernels.triton.arch import KNOWN
-from ep_kernels.triton.launch import add_up_call
+from ep_kernels.triton.launch import MAX, NONE, add_up_call, difference_call
 from ep_kernels.triton.tiling import TABLE, Tile
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -78,6 +78,7 @@ def test_compiles(case: Case, compiled: Callable[[Case], Compiled]) -> None:
     if VERSION >= (3, 7) or (VERSION == (3, 6) and case.arch in NEWEST):
         assert found.stack == 0, "registers were spilled"
     assert 0 < found.registers <= 255
+    assert found.registers * 32 * case.call().warps <= 65536, "more than a multiprocessor has"
     assert found.shared_memory <= arch.shared_memory
     kernel = case.kind.split()[0]
     if kernel not in WITH_PRODUCTS:
@@ -94,6 +95,18 @@ def tensor_core(case: Case) -> str:
     rows = case.tile.rows if case.kind.startswith("contrast") else case.tile.columns
     newest = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(case.arch, "mma.sync")
     return newest if rows >= 64 else "mma.sync"
+
+
+@pytest.mark.parametrize("pool", [NONE, MAX])
+def test_one_position_compiles(pool: int) -> None:
+    """Batch 1, both phases, a 1x1 map: a size of 1 is a constant to the compiler, which has no ``.to``."""
+    one, up = torch.empty(1, 1, 1, 16, device="meta"), torch.empty(1, 1 + pool, 1 + pool, 16, device="meta")
+    won = torch.empty(2, 1, 1, 16, dtype=torch.uint8, device="meta") if pool else None
+    call = difference_call(
+        KNOWN[90], one, torch.empty(2, 1, 1, 16, device="meta"), won, up, up, torch.empty(1, 16, device="meta"),
+        channels=1, phases=2, pool=pool, live=pool == MAX, mean_gain=0.5, gain=0.5,
+    )  # fmt: skip
+    assert aot.compile_call(call, KNOWN[90]).stack == 0
 
 
 def test_table_holds_no_configuration_twice() -> None:

@@ -71,3 +71,18 @@ def no_programs() -> Iterator[None]:
     yield
     clear()
     tiling._estimated.cache_clear()
+
+
+@pytest.fixture
+def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs in the opposite order."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    original = builder.set_grid_idx
+
+    def reversed_(x: int, y: int, z: int) -> None:
+        nx, ny, nz = builder.grid_dim
+        original(nx - 1 - x, ny - 1 - y, nz - 1 - z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", reversed_)

@@ -249,19 +249,18 @@ def test_the_cases_are_ragged() -> None:
     assert {("flat", True), ("flat samples", True)} <= kinds
 
 
-def test_parts_are_added_in_their_order() -> None:
-    """Bit by bit the sum from the first to the last row, without padding columns and without further rows."""
+@pytest.mark.parametrize("rows", [1, 2, 7, 70])
+def test_parts_are_added_up(rows: int) -> None:
+    """Without padding columns and without further rows; more columns than a program has."""
     new = Maker(torch.float32)
-    partial, out = new(7, 6, 5, 16), poison(4, 5, 3)
-    add_up_call(partial.view(7, -1), out, 3, 16, -0.5)()
-    total = torch.zeros(6, 5, 16)
-    for part in partial:
-        total += part
-    assert torch.equal(out, -0.5 * total[:4, :, :3])
-    large = new(2, 2100)  # more than one program
-    out = poison(2100)
-    add_up_call(large, out, 2100, 2100, 2.0)()
-    assert torch.equal(out, 2.0 * (large[0] + large[1]))
+    partial, out = new(rows, 6, 50, 16), poison(4, 50, 13)
+    call = add_up_call(partial.view(rows, -1), out, 13, 16, -0.5)
+    assert call.programs[0] > 1
+    call()
+    close("sum", out, -0.5 * partial.double().sum(0)[:4, :, :13], 1e-6)
+    again = poison(4, 50, 13)
+    add_up_call(partial.view(rows, -1), again, 13, 16, -0.5)()
+    assert torch.equal(out, again)
 
 
 @pytest.mark.parametrize("place", [0, 1])

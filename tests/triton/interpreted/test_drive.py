@@ -187,6 +187,18 @@ def test_ties_go_to_the_first(operands: torch.dtype, levels: int) -> None:
     assert torch.equal(layout.as_tensor(launch.won, launch.shape).long(), index)
 
 
+@pytest.mark.usefixtures("backwards")
+def test_programs_in_any_order() -> None:
+    """Tiles of four samples over three of each phase: none writes into the other phase."""
+    case = next(c for c in CASES if c.name == "unpooled, frozen in both phases")
+    launch = Launch(replace(case, n=3, size=(2, 2)))
+    call = launch.call()
+    assert call.arguments["TN"] == 4
+    assert call.programs == (2,)
+    call()
+    launch.check()
+
+
 WINDOWS = [
     [0.0, -0.0, 0.0, -0.0],
     [-1.0, 2.0, 2.0, 1.0],
@@ -196,6 +208,8 @@ WINDOWS = [
     [1.0, nan, 9.0, 3.0],
     [1.0, 9.0, nan, 3.0],
     [1.0, 2.0, 9.0, nan],
+    [1.0, nan, nan, 3.0],
+    [1.0, nan, 9.0, nan],
 ]
 
 

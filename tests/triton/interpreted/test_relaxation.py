@@ -44,7 +44,8 @@ DEEP = Network(
     local_heads=(Head(3, 3, pool=1, weight=0.3),),
     feedback_gain=0.5,
 )
-# Max-pooled connections with strides, which go through ATen, and a linear one to a map whose feedback does not fuse.
+# Two poolings into a node, max-pooled connections with strides, which go through ATen, and a linear one to a map, whose
+# feedback does not fuse.
 STRIDED = Network(
     shapes=((2, 9, 8), (3, 5, 4), (4, 2, 2), (6,)),
     connections=(
@@ -52,6 +53,7 @@ STRIDED = Network(
         Connection(1, 2, (2, 2), (1, 1), (0, 1), "max"),
         Connection(0, 2, (3, 3), (2, 2), (1, 1), "max"),
         Connection(1, 2, (3, 3), (2, 2), (2, 3), "max"),
+        Connection(1, 2, (1, 1), (1, 1), (0, 0), "avg"),
         Connection(1, 3, None),
         Connection(2, 3, None),
     ),

@@ -22,7 +22,7 @@ from tests.core.nets import problem as problem_in_float64
 from tests.triton.interpreted.tools import close, use_tiles
 
 NET = Network(
-    shapes=((2, 5, 4), (3, 5, 4), (4, 2, 2), (5,)),
+    shapes=((2, 5, 4), (16, 5, 4), (4, 2, 2), (5,)),  # 16 channels: results need no padding removed
     connections=(Connection(0, 1), Connection(1, 2, pool="max"), Connection(2, 3, None)),
     readout=Head(3, 3),
     local_heads=(Head(1, 2, pool=1, weight=0.5),),
@@ -78,6 +78,7 @@ def same(got: Relaxed, expected: Relaxed, tolerance: float = 1e-5) -> None:
 KINDS = {
     "delta": CONFIG,
     "states": replace(CONFIG, form="states", winners="live", schedule="sync"),
+    "even_odd": replace(CONFIG, schedule="even_odd"),  # feedback through winners that no drive has found yet
     "float16": replace(CONFIG, operands=torch.float16, storage=torch.float16),
     "stops": replace(CONFIG, tol=1e-3, schedule="sync", free_steps=4),
 }
@@ -158,6 +159,17 @@ def test_the_least_recently_used_program_is_forgotten(monkeypatch: pytest.Monkey
     relax(two)
     assert programs()[keys[1]] is not first
     same(relax(one), relax_reference(one))
+
+
+def test_the_caller_s_modes_do_not_matter() -> None:
+    """Buffers that are made in inference mode are written outside it; autocast rounds nothing."""
+    free, nudged = relaxations()
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        relax(free)
+        inside = relax(nudged)
+    assert len(programs()) == 2
+    same(inside, relax_reference(nudged))
+    same(relax(free), relax_reference(free))
 
 
 def test_nothing_to_launch_goes_to_the_reference() -> None:
@@ -287,7 +299,7 @@ CHANGES: dict[str, Callable[[Relaxation], dict[str, Any]]] = {
     "scales": lambda r: {"scales": [2 * s for s in r.scales]},
     "states": lambda r: {"states": [torch.zeros(r.batch, *shape) for shape in r.network.shapes]},
     "biases": lambda r: {"biases": [None] * len(r.biases)},
-    "drives": lambda r: {"drives": {**r.drives, 0: torch.zeros(2, 3, 5, 4)}},
+    "drives": lambda r: {"drives": {**r.drives, 0: torch.zeros(2, 16, 5, 4)}},
     "winners": lambda r: {"winners": {}},
     "samples of winners": lambda r: {"winners": {c: t[:1] for c, t in r.winners.items()}},
     "head_biases": lambda r: {"head_biases": [None] * len(r.head_biases)},

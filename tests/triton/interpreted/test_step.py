@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 from ep_kernels import reference
 from ep_kernels.network import Pool
@@ -323,19 +322,6 @@ def test_a_launch_after_the_stop_writes_nothing(arch: str) -> None:
         assert torch.equal(t.view(torch.uint8), before[name].view(torch.uint8)), name
     launch.call()()  # one that is not stoppable runs
     launch.check()
-
-
-@pytest.fixture
-def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs in the opposite order."""
-    builder = interpreter.interpreter_builder
-    original = builder.set_grid_idx
-
-    def reversed_(x: int, y: int, z: int) -> None:
-        nx, ny, nz = builder.grid_dim
-        original(nx - 1 - x, ny - 1 - y, nz - 1 - z)
-
-    monkeypatch.setattr(builder, "set_grid_idx", reversed_)
 
 
 @pytest.mark.usefixtures("backwards")
