@@ -112,7 +112,7 @@ def test_a_run_stopped_in_its_first_epoch_resumes_in_the_middle_of_it(
 ) -> None:
     from ep_train import trainer
 
-    original, calls = trainer.ep_step, []
+    original, calls, before = trainer.ep_step, [], signal.getsignal(signal.SIGINT)
 
     def step(*args: Any) -> Any:
         calls.append(len(calls))
@@ -125,7 +125,7 @@ def test_a_run_stopped_in_its_first_epoch_resumes_in_the_middle_of_it(
     assert (summary["status"], summary["epochs"]) == ("interrupted", 0)
     assert len(calls) == 30
     assert torch.load(path / "checkpoint.pt", weights_only=True)["partial"]["batches"] == 30
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     resume(path, quiet=True)
     assert len(calls) == 4 * 80  # no batch twice
     assert_same_end(path, whole)

@@ -64,7 +64,7 @@ def test_storing_merges() -> None:
 
 
 def test_a_key_is_every_field() -> None:
-    text = "kernel=drive n=256 height=16 width=16 channels=128 depth=1152 element_size=2 pooled=True"
+    text = "kernel=drive n=256 height=16 width=16 channels=128 depth=1152 element_size=2 pooled=True products=ieee"
     assert tune.key(DRIVE) == text  # as it stands in the users' files: a change needs another FORMAT
     for field in dataclasses.fields(Problem):
         other = dataclasses.replace(DRIVE, **{field.name: "step" if field.name == "kernel" else 7})
