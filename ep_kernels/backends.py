@@ -20,7 +20,7 @@ from .relaxation import Contrast, Relaxation, Relaxed, relax_reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "EP_KERNELS_BACKEND"
-TRITON_NEEDED = (3, 4)
+TRITON_NEEDED = (3, 6)
 log = logging.getLogger("ep_kernels")
 
 _current: ContextVar[str | None] = ContextVar("ep_kernels_backend", default=None)

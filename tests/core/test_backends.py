@@ -178,9 +178,9 @@ def test_the_reference_backend_calls_no_compiled_op(monkeypatch: pytest.MonkeyPa
 def test_why_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {
         "triton is not installed: pip install 'ep-kernels[triton]'": {"version": None, "capability": (9, 0)},
-        "it needs triton >= 3.4, this is 3.3.1": {"version": "3.3.1", "capability": (9, 0)},
-        "it needs triton >= 3.4, this is 2.10.0": {"version": "2.10.0", "capability": (9, 0)},
-        "no CUDA device is available": {"version": "3.4.0"},
+        "it needs triton >= 3.6, this is 3.5.1": {"version": "3.5.1", "capability": (9, 0)},
+        "it needs triton >= 3.6, this is 2.10.0": {"version": "2.10.0", "capability": (9, 0)},
+        "no CUDA device is available": {"version": "3.6.0"},
         "PyTorch is built for ROCm; the kernels are for NVIDIA GPUs": {"capability": (9, 0), "hip": "6.4"},
         None: {"capability": (7, 5)},  # its device is refused when tensors come from it
     }
@@ -194,7 +194,7 @@ def test_why_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert str(caught.value) == f"backend 'triton' cannot run: {reason}"
 
 
-@pytest.mark.parametrize("version", ["3.4.0", "3.10.1+gitabc", "4.0.0a1"])
+@pytest.mark.parametrize("version", ["3.6.0", "3.10.1+gitabc", "4.0.0a1"])
 def test_versions_of_triton_that_will_do(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     triton_is(monkeypatch, version, (8, 0))
     assert backends.status()["triton"] is None
