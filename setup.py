@@ -2,10 +2,12 @@
 
 Environment variables:
 
-    EP_KERNELS_BUILD      auto (default), cpu or cuda: what to build.
-    TORCH_CUDA_ARCH_LIST  architectures of a CUDA build. This version builds for the CPU only and does not read it.
+    EP_KERNELS_BUILD      auto (default: cuda where there is a working nvcc >= 12.0, else cpu), cpu or cuda.
+    TORCH_CUDA_ARCH_LIST  architectures of a CUDA build, such as "8.0;9.0a;12.0+PTX"; default: cmake/cuda.cmake.
     MAX_JOBS              compilers run at the same time; default: one per core, and at least 2 GiB of free memory each.
-    CXX                   the C++ compiler.
+                          Of nvcc there are never more at once than memory allows at 6 GB each.
+    CXX                   the C++ compiler. CUDAHOSTCXX: the one that nvcc calls, if it has to be another.
+    CUDACXX               nvcc; default: the one on PATH, then in CUDA_HOME, CUDA_PATH or /usr/local/cuda.
 """
 
 import json
@@ -71,10 +73,19 @@ def cmake(build: Path) -> None:
         # Always given: a cached path may lead into an isolated build environment that is gone.
         *(f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DEP_PYTHON={sys.executable}"),
         f"-DEP_KERNELS_BUILD={os.environ.get('EP_KERNELS_BUILD') or 'auto'}",
+        f"-DEP_CUDA_ARCHS={os.environ.get('TORCH_CUDA_ARCH_LIST', '')}",
     ]
     for command in (configure, [tool("cmake"), "--build", str(build), "--parallel", str(jobs())]):
         if subprocess.run(command).returncode != 0:
             raise ExecError("building libep_kernels.so failed: the reason is in CMake's output above")
+
+
+def summary(info: dict) -> str:
+    """One line about what was built: the kind, what it runs on, and by which compilers."""
+    isas = ", ".join(info["isas"])
+    runs_on = f"{' '.join(info['cuda_archs'])}; cpu {isas}" if info["cuda"] else isas
+    nvcc = f", nvcc {info['cuda']}" if info["cuda"] else ""
+    return "ep_kernels {version}: built {build} ({}), {compiler}{}, torch headers {torch}".format(runs_on, nvcc, **info)
 
 
 class BuildLibrary(build_ext):
@@ -87,16 +98,15 @@ class BuildLibrary(build_ext):
         info = {"version": self.distribution.get_version(), **json.loads((build / "build.json").read_text())}
         now = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
         info |= {"commit": commit(), "date": time.strftime("%Y-%m-%d", time.gmtime(now))}
-        info["summary"] = "ep_kernels {version}: built {build} ({}), {compiler}, torch headers {torch}".format(
-            ", ".join(info["isas"]), **info
-        )
+        info["summary"] = summary(info)
         package = (ROOT if self.inplace else Path(self.build_lib)) / "ep_kernels" / "lib"
         package.mkdir(parents=True, exist_ok=True)
         # Replaced, not overwritten: a running process keeps the file that it has mapped.
         shutil.copy2(build / LIBRARY, package / f"{LIBRARY}.new")
         (package / f"{LIBRARY}.new").replace(package / LIBRARY)
         (package / INFO).write_text(json.dumps(info, indent=2) + "\n")
-        print(f"{info['summary']}, {time.monotonic() - start:.1f} s", flush=True)
+        why = f" (no CUDA: {info['note']})" if info["note"] else ""
+        print(f"{info['summary']}, {time.monotonic() - start:.1f} s{why}", flush=True)
 
     def get_outputs(self) -> list[str]:
         return [str(Path(self.build_lib, "ep_kernels", "lib", name)) for name in (LIBRARY, INFO)]

@@ -23,9 +23,10 @@ Outputs = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]
 T = TypeVar("T")
 
 
-def relax(r: Relaxation) -> Relaxed:
-    """Execute a relaxation with ``torch.ops.ep_kernels.relax``."""
-    return relaxed_of(r, ops.relax(*flat(r)))
+def relax(r: Relaxation, *, triton: bool = False) -> Relaxed:
+    """Execute a relaxation with ``torch.ops.ep_kernels.relax``, or with ``triton_relax``."""
+    run = ops.triton_relax if triton else ops.relax
+    return relaxed_of(r, run(*flat(r)))
 
 
 def contrast(
@@ -44,9 +45,11 @@ def contrast(
     centre: float = 0.5,
     scale: float = 1.0,
     operands: Operands = None,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`ep_kernels.reference.contrast` with ``torch.ops.ep_kernels.contrast``."""
-    return ops.contrast(
+    """:func:`ep_kernels.reference.contrast` with ``torch.ops.ep_kernels.contrast``, or with ``triton_contrast``."""
+    run = ops.triton_contrast if triton else ops.contrast
+    return run(
         source,
         source_delta,
         target,
@@ -147,7 +150,7 @@ def _constants(net: Network) -> tuple[list[int], list[int], list[int], list[floa
 
 @lru_cache(maxsize=256)
 def _program(plan: Plan, sweeps: int) -> list[int]:
-    """The plan as integers (csrc/cpu/program.h), with the sweeps that will run."""
+    """The plan as integers (csrc/common/program.h), with the sweeps that will run."""
     out = _launches(plan.prologue)
     out.append(sweeps)
     for launches in plan.sweeps[:sweeps]:

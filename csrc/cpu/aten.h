@@ -1,20 +1,14 @@
 // ATen through the stable dispatcher: the few operators that the kernels leave to oneDNN and BLAS.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-namespace ep::cpu {
+#include "../common/tensors.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Ints = std::vector<int64_t>;
+namespace ep::cpu {
 
 inline Tensor cast(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
@@ -88,14 +82,6 @@ inline Tensor as_strided(const Tensor& x, const Ints& size, const Ints& stride) 
 
 // ---- dense tensors: NHWC maps, [B, F] vectors -----------------------------------------------------------------------
 
-inline Ints sizes(const Tensor& t) {
-  const auto s = t.sizes();
-  return Ints(s.begin(), s.end());
-}
-
-// An empty 1-d tensor stands for an absent one in the ops' lists.
-inline bool present(const Tensor& t) { return !(t.dim() == 1 && t.numel() == 0); }
-
 // The tensor itself when it is already dense in the layout of the passes, else a copy that is. One channel, or one
 // pixel, is dense in both layouts: its strides then say channels_last too, which oneDNN follows in what it returns.
 inline Tensor dense(const Tensor& t) {
@@ -105,21 +91,6 @@ inline Tensor dense(const Tensor& t) {
   const int64_t channels = map.size(1), width = map.size(3);
   if (map.numel() == 0 || (map.stride(1) == 1 && map.stride(3) == channels)) return map;
   return aten::as_strided(map, sizes(map), {map.size(2) * width * channels, 1, width * channels, channels});
-}
-
-inline Tensor empty(const Ints& shape, const Tensor& like, std::optional<ScalarType> dtype = std::nullopt) {
-  using torch::headeronly::MemoryFormat;
-  const auto format = shape.size() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  return torch::stable::empty(shape, dtype ? *dtype : like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              format);
-}
-
-inline Tensor absent(const Tensor& like) { return empty({0}, like); }
-
-inline int64_t product(const Ints& shape, size_t from) {
-  int64_t n = 1;
-  for (size_t i = from; i < shape.size(); ++i) n *= shape[i];
-  return n;
 }
 
 template <typename T>

@@ -1,10 +1,9 @@
 #include "connection.h"
 
 #include <algorithm>
-#include <limits>
 
-#include "ep/check.h"
 #include "parallel.h"
+#include "passes.h"
 
 namespace ep::cpu {
 namespace {
@@ -22,70 +21,6 @@ Tensor convolve(const Tensor& source, const Tensor& weight, const Geometry& g, S
 Windows windows(const Tensor& map) { return {map.size(2), map.size(3), map.size(1)}; }
 
 }  // namespace
-
-Ints Geometry::map_size(const Ints& source, const Ints& weight) const {
-  return {(source[2] + 2 * padding[0] - weight[2]) / stride[0] + 1,
-          (source[3] + 2 * padding[1] - weight[3]) / stride[1] + 1};
-}
-
-Ints Geometry::drive_shape(const Ints& source, const Ints& weight) const {
-  if (linear) return {source[0], weight[0]};
-  Ints size = map_size(source, weight);
-  if (pool != Pool::kNone) size = {size[0] / 2, size[1] / 2};
-  return {source[0], weight[0], size[0], size[1]};
-}
-
-void check_floating(const char* op, const char* argument, const Tensor& tensor) {
-  const ScalarType dtype = tensor.scalar_type();
-  EP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op, argument, "float32 or float64",
-           torch::headeronly::toString(dtype));
-}
-
-void check_like(const char* op, const char* argument, const Tensor& tensor, const Ints& shape, const Tensor& like) {
-  EP_CHECK(sizes(tensor) == shape, op, argument, "shape " << list(shape), list(tensor.sizes()));
-  EP_CHECK(tensor.scalar_type() == like.scalar_type(), op, argument,
-           "dtype " << torch::headeronly::toString(like.scalar_type()),
-           torch::headeronly::toString(tensor.scalar_type()));
-  EP_CHECK(tensor.is_cpu() == like.is_cpu(), op, argument, "a tensor on the same device as the others",
-           (tensor.is_cpu() ? "one on the cpu" : "one on another device"));
-}
-
-void check_winners(const char* op, const Tensor& winners, const Ints& drive_shape, int64_t batch) {
-  Ints expected = drive_shape;
-  expected[0] = winners.dim() > 0 ? winners.size(0) : 0;
-  EP_CHECK(sizes(winners) == expected, op, "winners", "shape " << list(drive_shape) << " (or a batch that divides its)",
-           list(winners.sizes()));
-  EP_CHECK(winners.scalar_type() == ScalarType::Byte, op, "winners", "dtype uint8",
-           torch::headeronly::toString(winners.scalar_type()));
-  const bool divides = expected[0] == 0 ? batch == 0 : batch % expected[0] == 0;
-  EP_CHECK(divides, op, "winners", "a batch that divides " << batch, expected[0]);
-}
-
-void check_connection(const char* op, const Ints& source, const Tensor& weight, const Geometry& g, const Tensor& like) {
-  check_floating(op, "source", like);
-  EP_CHECK(weight.dim() == 4 || weight.dim() == 2, op, "weight",
-           "4 dimensions [C_dst, C_src, kh, kw] or 2 [F_dst, F_src]", weight.dim() << " dimensions");
-  const Ints size = sizes(weight);
-  check_like(op, "weight", weight, size, like);
-  for (int64_t n : size) EP_CHECK(n > 0, op, "weight", "positive sizes", list(size));
-  if (g.linear) {
-    EP_CHECK(source.size() == 4 || source.size() == 2, op, "source", "[B, C, H, W] or [B, F]", list(source));
-    EP_CHECK(product(source, 1) == size[1], op, "source", size[1] << " features a sample", list(source));
-    EP_CHECK(g.pool == Pool::kNone, op, "pool", "none for a linear connection", static_cast<int64_t>(g.pool));
-    return;
-  }
-  EP_CHECK(source.size() == 4, op, "source", "4 dimensions [B, C, H, W]", list(source));
-  EP_CHECK(source[1] == size[1], op, "source", size[1] << " channels (as weight)", source[1]);
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // what convolutions take
-  for (int i : {0, 1}) {
-    EP_CHECK(g.stride[i] >= 1 && g.stride[i] <= kMost, op, "stride", "integers >= 1 (31 bits)", list(g.stride));
-    EP_CHECK(g.padding[i] >= 0 && g.padding[i] <= kMost, op, "padding", "integers >= 0 (31 bits)", list(g.padding));
-    EP_CHECK(source[2 + i] > 0 && source[2 + i] + 2 * g.padding[i] >= size[2 + i], op, "source",
-             "a padded map of at least the kernel's size " << size[2] << "x" << size[3], list(source));
-  }
-  const Ints shape = g.drive_shape(source, size);
-  EP_CHECK(shape[2] > 0 && shape[3] > 0, op, "source", "a map of at least 2x2 before pooling", list(source));
-}
 
 Tensor pooled_drive(const Tensor& source, const Tensor& weight, const Geometry& g, const Tensor* frozen,
                     Tensor* winners, ScalarType operands) {

@@ -1,8 +1,8 @@
 // torch.ops.ep_kernels.contrast: both matrix products of the difference form as one gradient over a doubled batch.
 #include <algorithm>
-#include <cmath>
 
-#include "ep/check.h"
+#include "../common/arguments.h"
+#include "connection.h"
 #include "ops.h"
 #include "parallel.h"
 #include "passes.h"
@@ -10,20 +10,11 @@
 namespace ep::cpu {
 namespace {
 
-constexpr const char* kOp = "contrast";
-
 // Views of the two halves of a tensor along the batch.
 std::pair<Tensor, Tensor> halves(const Tensor& t) {
   Tensor copy = t;
   const int64_t half = t.size(0) / 2;
   return {torch::stable::narrow(copy, 0, 0, half), torch::stable::narrow(copy, 0, half, half)};
-}
-
-void check_end(const char* name, const char* delta_name, const Tensor& free, const Tensor& delta) {
-  Ints expected = sizes(free);
-  if (delta.dim() > 0 && delta.size(0) == 2 * expected[0]) expected[0] *= 2;
-  EP_CHECK(free.dim() == 4 || free.dim() == 2, kOp, name, "[B, C, H, W] or [B, F]", list(free.sizes()));
-  check_like(kOp, delta_name, delta, expected, free);
 }
 
 // Difference (times difference_scale) and mean of the two phases of every sample, and the difference summed over
@@ -109,26 +100,11 @@ std::tuple<Tensor, Tensor> contrast(const Tensor& source, const std::optional<Te
                                     const Ints& stride, const Ints& padding, int64_t pool,
                                     const std::optional<Tensor>& winners, double source_gain, double target_gain,
                                     double centre, double scale, int64_t operands) {
-  EP_CHECK(weight_shape.size() == 4 || weight_shape.size() == 2, kOp, "weight_shape", "2 or 4 sizes",
-           list(weight_shape));
-  for (int64_t n : weight_shape) EP_CHECK(n > 0, kOp, "weight_shape", "positive sizes", list(weight_shape));
+  // the products are those of the tensors themselves, whatever `operands` says
+  const auto [g, driven, live] =
+      check_contrast(kRules, {source, source_delta, target, target_delta, weight_shape, stride, padding, pool, winners,
+                              source_gain, target_gain, centre, scale, operands});
   const Tensor weight = empty(weight_shape, source);  // shape only: what ATen's gradient asks for
-  const Geometry g = geometry_of(kOp, weight, stride, padding, pool);
-  check_connection(kOp, sizes(source), weight, g, source);
-  const Ints driven = g.drive_shape(sizes(source), weight_shape);
-  check_like(kOp, "target", target, driven, source);
-  check_end("target", "target_delta", target, target_delta);
-  if (source_delta) check_end("source", "source_delta", source, *source_delta);
-  EP_CHECK(!(g.pool == Pool::kMax && !winners), kOp, "winners", "those of the free equilibrium (max pooling)", "none");
-  const bool live = winners && g.pool == Pool::kMax && winners->dim() > 0 && winners->size(0) == 2 * driven[0];
-  if (winners && g.pool == Pool::kMax) check_winners(kOp, *winners, driven, live ? 2 * driven[0] : driven[0]);
-  EP_CHECK(!live || centre == 0.5 || driven[0] == 0, kOp, "centre", "0.5 with winners of both phases", centre);
-  for (const auto& [name, value] :
-       {std::pair{"source_gain", source_gain}, {"target_gain", target_gain}, {"centre", centre}, {"scale", scale}}) {
-    EP_CHECK(std::isfinite(value), kOp, name, "a finite number", value);
-  }
-
-  check_operands(kOp, operands);  // the products are those of the tensors themselves, whatever it says
 
   const int64_t batch = source.size(0);
   const Tensor bias = zeros({weight_shape[0]}, source);

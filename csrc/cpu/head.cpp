@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "aten.h"
+
 namespace ep::cpu {
 namespace {
 

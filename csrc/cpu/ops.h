@@ -1,21 +1,15 @@
 // The CPU kernels behind torch.ops.ep_kernels.*; schemas and their meaning: csrc/ops.cpp.
 #pragma once
 
-#include "aten.h"
-#include "connection.h"
+#include <optional>
+#include <tuple>
+
+#include "../common/checks.h"
 
 namespace ep::cpu {
 
-using Floats = std::vector<double>;
-using Tensors = std::vector<Tensor>;
-
-Geometry geometry_of(const char* op, const Tensor& weight, const Ints& stride, const Ints& padding, int64_t pool);
-
-// Raise on hyper-parameters out of range or not finite.
-void check_dynamics(const char* op, double damping, double slope, double lo, double hi, int64_t form, int64_t phases,
-                    int64_t batch);
-void check_operands(const char* op, int64_t operands);
-void check_finite(const char* op, const char* argument, const Floats& values);
+// What this backend takes: no storage but the tensors' own.
+extern const Rules kRules;
 
 std::tuple<Tensor, Tensor> drive(const Tensor& source, const Tensor& weight, const Ints& stride, const Ints& padding,
                                  int64_t pool, const std::optional<Tensor>& winners);

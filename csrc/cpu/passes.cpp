@@ -5,6 +5,8 @@
 #include <cmath>
 #include <limits>
 
+#include "ep/pool.h"
+
 #ifndef EP_ISA
 #define EP_ISA baseline
 #endif
@@ -109,26 +111,14 @@ inline void each_window(const Windows& w, T* map, int64_t begin, int64_t end, co
 }
 
 template <typename T>
-inline bool beats(T challenger, T champion) {  // NaN wins, as in torch.nn.functional.max_pool2d
-  return (challenger > champion) | (challenger != challenger);
-}
-
-template <typename T>
 void max_pool(const Windows& w, const T* map, T* pooled, uint8_t* winners, int64_t begin, int64_t end) {
   each_window(w, map, begin, end, [&](const T* z0, const T* z1, const T* z2, const T* z3, int64_t at) {
     T* out = pooled + at;
     uint8_t* win = winners + at;
 #pragma omp simd
     for (int64_t c = 0; c < w.channels; ++c) {
-      T best = z0[c];
-      int32_t index = 0;
-      index = beats(z1[c], best) ? 1 : index;
-      best = beats(z1[c], best) ? z1[c] : best;
-      index = beats(z2[c], best) ? 2 : index;
-      best = beats(z2[c], best) ? z2[c] : best;
-      index = beats(z3[c], best) ? 3 : index;
-      best = beats(z3[c], best) ? z3[c] : best;
-      out[c] = best;
+      int32_t index;
+      out[c] = largest(z0[c], z1[c], z2[c], z3[c], index);
       win[c] = static_cast<uint8_t>(index);
     }
   });
@@ -140,11 +130,7 @@ void gather_pool(const Windows& w, const T* map, const uint8_t* winners, T* pool
     T* out = pooled + at;
     const uint8_t* win = winners + at;
 #pragma omp simd
-    for (int64_t c = 0; c < w.channels; ++c) {
-      const T top = win[c] == 0 ? z0[c] : z1[c];
-      const T bottom = win[c] == 2 ? z2[c] : z3[c];
-      out[c] = win[c] < 2 ? top : bottom;
-    }
+    for (int64_t c = 0; c < w.channels; ++c) out[c] = gathered(win[c], z0[c], z1[c], z2[c], z3[c]);
   });
 }
 
@@ -153,7 +139,7 @@ void avg_pool(const Windows& w, const T* map, T* pooled, int64_t begin, int64_t 
   each_window(w, map, begin, end, [&](const T* z0, const T* z1, const T* z2, const T* z3, int64_t at) {
     T* out = pooled + at;
 #pragma omp simd
-    for (int64_t c = 0; c < w.channels; ++c) out[c] = (z0[c] + z1[c] + z2[c] + z3[c]) / 4;
+    for (int64_t c = 0; c < w.channels; ++c) out[c] = average(z0[c], z1[c], z2[c], z3[c]);
   });
 }
 
@@ -167,14 +153,14 @@ void unpool(const Windows& w, const T* pooled, const uint8_t* winners, T* map, i
       for (int64_t c = 0; c < w.channels; ++c) {
         const T value = s[c];
         const uint8_t index = win[c];
-        z0[c] = index == 0 ? value : T(0);
-        z1[c] = index == 1 ? value : T(0);
-        z2[c] = index == 2 ? value : T(0);
-        z3[c] = index == 3 ? value : T(0);
+        z0[c] = share_of(index, 0, value);
+        z1[c] = share_of(index, 1, value);
+        z2[c] = share_of(index, 2, value);
+        z3[c] = share_of(index, 3, value);
       }
     } else {
 #pragma omp simd
-      for (int64_t c = 0; c < w.channels; ++c) z0[c] = z1[c] = z2[c] = z3[c] = s[c] / 4;
+      for (int64_t c = 0; c < w.channels; ++c) z0[c] = z1[c] = z2[c] = z3[c] = average_share(s[c]);
     }
   });
   const int64_t line = w.width * w.channels;
@@ -193,12 +179,11 @@ void contrast(const Contrast<T>& a, int64_t size, int64_t channels, T* differenc
     const T* minus = a.minus ? a.minus + at : nullptr;
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
-      const T p = plus[c];
-      const T m = minus ? minus[c] : T(0);
-      const T d = difference_gain * (p - m);
+      T d, m;
+      difference_and_mean(free[c], plus[c], minus ? minus[c] : T(0), difference_gain, mean_gain, d, m);
       if (sums) sums[c] += d;
       if (difference) difference[at + c] = d;
-      if (mean) mean[at + c] = free[c] + mean_gain * (p + m);
+      if (mean) mean[at + c] = m;
     }
   }
 }

@@ -1,13 +1,11 @@
 // torch.ops.ep_kernels.relax: executes a compiled plan for a number of sweeps, with no Python between launches.
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
-#include "ep/check.h"
+#include "../common/relaxation.h"
+#include "connection.h"
 #include "head.h"
 #include "ops.h"
 #include "parallel.h"
-#include "program.h"
 #include "step.h"
 
 namespace ep::cpu {
@@ -16,54 +14,35 @@ namespace {
 
 constexpr const char* kOp = "relax";
 
-struct Connection {
-  int64_t src, dst;
-  Geometry geometry;
-  Tensor weight;
-  double drive_gain, feedback_gain;
-};
-
-struct Node {
-  Ints shape;  // [batch, ...]
-  Tensor bias, free, preactivation, extra;
-  double nudge_gain, scale;
-  bool absent_bias() const { return !present(bias); }
-};
-
-// Everything a run reads; the run itself is below.
-struct Problem {
-  std::vector<Connection> connections;
-  std::vector<Node> nodes;
-  std::vector<Head> heads;
-  Program program;
-  int64_t batch, phases, steps;
-  bool frozen, deferred, keep;
-  ScalarType dtype, operands;
-  Dynamics dynamics;
-  double tol;
-};
+// dtype of the products' operands (tf32 is the tensors' own here).
+ScalarType operands_of(const Relaxation& r) {
+  return r.operands == 2 ? ScalarType::Half : r.operands == 3 ? ScalarType::BFloat16 : r.like.scalar_type();
+}
 
 // Absent tensors, none sharing its memory with another: they are returned.
 Tensors absent_each(size_t count, const Tensor& like, ScalarType dtype) {
   Tensors out;
-  for (size_t i = 0; i < count; ++i) out.push_back(empty({0}, like, dtype));
+  for (size_t i = 0; i < count; ++i) out.push_back(absent(like, dtype));
   return out;
 }
 
 class Run {
  public:
-  Run(const Problem& problem, const Tensors& states, const Tensors& drives, const Tensors& winners, const Tensor& like)
-      : p_(problem),
-        like_(like),
-        states_(states),
-        pre_(absent_each(states.size(), like, like.scalar_type())),
-        drives_(drives),
-        winners_(winners),
-        own_drives_(absent_each(drives.size(), like, like.scalar_type())),
-        own_winners_(absent_each(drives.size(), like, ScalarType::Byte)),
-        nudges_(states.size(), absent(like)),
-        owned_(states.size(), false),
-        spare_(states.size(), absent(like)) {}
+  explicit Run(const Relaxation& r)
+      : p_(r),
+        like_(r.like),
+        pre_(absent_each(r.nodes.size(), like_, like_.scalar_type())),
+        own_drives_(absent_each(r.connections.size(), like_, like_.scalar_type())),
+        own_winners_(absent_each(r.connections.size(), like_, ScalarType::Byte)),
+        nudges_(r.nodes.size(), absent(like_)),
+        owned_(r.nodes.size(), false),
+        spare_(r.nodes.size(), absent(like_)) {
+    for (const Node& node : r.nodes) states_.push_back(node.state);
+    for (const Connection& c : r.connections) {
+      drives_.push_back(c.drive);
+      winners_.push_back(c.winners);
+    }
+  }
 
   // Returns the residual of every sweep; rows of sweeps left out by an early stop are -1.
   Floats run() {
@@ -123,7 +102,7 @@ class Run {
     Tensor won;
     EP_CHECK(present(states_[conn.src]), kOp, "states", "a state of node " << conn.src << " (the plan convolves it)",
              "none");
-    Tensor pooled = pooled_drive(states_[conn.src], conn.weight, conn.geometry, given, &won, p_.operands);
+    Tensor pooled = pooled_drive(states_[conn.src], conn.weight, conn.geometry, given, &won, operands_of(p_));
     if (max && !given) own_winners_[c] = winners_[c] = won;
     return pooled;
   }
@@ -134,7 +113,7 @@ class Run {
              "none");
     Ints shape = p_.nodes[conn.src].shape;
     const Tensor* won = present(winners_[c]) ? &winners_[c] : nullptr;
-    return feedback(states_[conn.dst], conn.weight, conn.geometry, shape, won, p_.operands);
+    return feedback(states_[conn.dst], conn.weight, conn.geometry, shape, won, operands_of(p_));
   }
 
   void nudge(int64_t i) {
@@ -170,7 +149,7 @@ class Run {
   // to += gain * from, read modulo its batch.
   void add(const Tensor& to, const Tensor& from, double gain = 1.0) const {
     if (to.numel() == 0) return;
-    dispatch(p_.dtype, [&](auto zero) {
+    dispatch(like_.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       T* out = mutable_data<T>(to);
       const T* in = data<T>(from);
@@ -206,11 +185,11 @@ class Run {
     const bool in_place = owned_[i] && !p_.deferred;
     Tensor out = in_place ? states_[i] : present(spare_[i]) ? spare_[i] : empty(node.shape, like_);
     if (keep_pre_ && !present(pre_[i])) pre_[i] = empty(node.shape, like_);
-    Dynamics dynamics = p_.dynamics;
+    Dynamics<double> dynamics = p_.dynamics;
     dynamics.scale = node.scale;
     dynamics.damping = damping_;
     const bool states = dynamics.form == Form::kStates;
-    step(summands, states && !node.absent_bias() ? &node.bias : nullptr, present(states_[i]) ? &states_[i] : nullptr,
+    step(summands, states && present(node.bias) ? &node.bias : nullptr, present(states_[i]) ? &states_[i] : nullptr,
          states ? nullptr : &node.preactivation, p_.phases, dynamics, out, keep_pre_ ? &pre_[i] : nullptr, residual);
     if (p_.deferred) {
       pending_.push_back({i, out});
@@ -229,7 +208,7 @@ class Run {
     pending_.clear();
   }
 
-  const Problem& p_;
+  const Relaxation& p_;
   const Tensor like_;
   Tensors states_, pre_, drives_, winners_, own_drives_, own_winners_, nudges_;
   std::vector<bool> owned_;
@@ -239,50 +218,31 @@ class Run {
   double damping_ = 1.0;  // of the current sweep: the first is never over-relaxed
 };
 
-Tensors dense_all(const Tensors& tensors) {
-  Tensors out;
-  for (const Tensor& t : tensors) out.push_back(present(t) ? dense(t) : t);
+Tensor dense_if(const Tensor& t) { return present(t) ? dense(t) : t; }
+
+// `extra` of both phases, so that gradients of heads can be added to it.
+Tensor tiled(const Tensor& extra, const Relaxation& r, const Ints& shape) {
+  Tensor out = empty(shape, r.like);
+  for (int64_t phase = 0; phase < r.phases; ++phase) {
+    Tensor part = torch::stable::narrow(out, 0, phase * r.samples(), r.samples());
+    torch::stable::copy_(part, extra);
+  }
   return out;
 }
 
-void check_count(const char* argument, size_t got, size_t expected) {
-  EP_CHECK(got == expected, kOp, argument, expected << " entries", got);
-}
-
-// One head from its integers, scalars and tensors, on a node of shape [batch, ...]; targets hold `samples`.
-Head head_of(const int64_t* spec, const double* scalars, const Tensor* tensors, const Ints& node, int64_t samples,
-             const Tensor& like) {
-  const Tensor &map = tensors[0], &bias = tensors[1], &target = tensors[2];
-  EP_CHECK(spec[1] == 0 || spec[1] == 1, kOp, "head_spec", "loss 0 (cross_entropy) or 1 (mse)", spec[1]);
-  EP_CHECK(spec[2] >= 0 && spec[2] < 1 << 15, kOp, "head_spec", "a pool from 0 to 32767", spec[2]);
-  EP_CHECK(spec[3] == 0 || spec[3] == 1, kOp, "head_spec", "pointwise 0 or 1", spec[3]);
-  EP_CHECK(scalars[1] > 0, kOp, "head_scalars", "a temperature > 0", scalars[1]);
-  const int64_t pool = spec[2];
-  const bool pointwise = spec[3] == 1;
-  EP_CHECK(node.size() == 4 || (pool == 0 && !pointwise), kOp, "head_spec",
-           "no pool and no pointwise map on a vector node", list(node));
-  Ints output = node;
-  output[0] = samples;
-  if (pool > 0) output[2] = output[3] = pool;
-  if (pointwise || present(map)) {
-    const int64_t outputs = map.dim() > 0 ? map.size(0) : 0;
-    check_like(kOp, "heads", map, pointwise ? Ints{outputs, node[1], 1, 1} : Ints{outputs, product(output, 1)}, like);
-    EP_CHECK(outputs > 0, kOp, "heads", "at least one output", outputs);
-    if (present(bias)) check_like(kOp, "heads", bias, {outputs}, like);
-    output = pointwise ? Ints{samples, outputs, output[2], output[3]} : Ints{samples, outputs};
-  } else {
-    EP_CHECK(!present(bias), kOp, "heads", "no bias without a map", list(bias.sizes()));
+// Every tensor as the passes read it.
+void prepare(Relaxation& r) {
+  for (Node& node : r.nodes) {
+    for (Tensor* t : {&node.state, &node.bias, &node.free, &node.preactivation}) *t = dense_if(*t);
+    if (present(node.extra)) node.extra = tiled(node.extra, r, node.shape);
   }
-  check_like(kOp, "heads", target, output, like);
-  return {spec[0],
-          static_cast<Loss>(spec[1]),
-          pool,
-          pointwise,
-          scalars[0],
-          scalars[1],
-          present(map) ? dense(map) : map,
-          present(bias) ? dense(bias) : bias,
-          dense(target)};
+  for (Connection& c : r.connections) {
+    c.weight = cast(dense(c.weight), operands_of(r));
+    for (Tensor* t : {&c.drive, &c.winners}) *t = dense_if(*t);
+  }
+  for (Head& head : r.heads) {
+    for (Tensor* t : {&head.map, &head.bias, &head.target}) *t = dense_if(*t);
+  }
 }
 
 }  // namespace
@@ -294,128 +254,23 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensor> relax(
     const Floats& feedback_gains, const Floats& nudge_gains, const Floats& scales, const Floats& head_scalars,
     int64_t batch, int64_t phases, int64_t steps, int64_t form, bool frozen, bool deferred, int64_t operands,
     int64_t storage, bool keep, double damping, double slope, double lo, double hi, double tol) {
-  const size_t nodes = states.size(), count = weights.size();
-  EP_CHECK(nodes >= 2, kOp, "states", "the input and at least one node", nodes);
-  EP_CHECK(count >= 1, kOp, "weights", "at least one", count);
-  EP_CHECK(batch >= 0, kOp, "batch", "an integer >= 0", batch);
-  const int64_t most = (int64_t{1} << 30) / std::max<int64_t>(batch, 1);
-  EP_CHECK(steps >= 1 && steps <= most, kOp, "steps", "1 to " << most << " (a residual is kept for each)", steps);
-  EP_CHECK(std::isfinite(tol) && tol >= 0, kOp, "tol", "a finite number >= 0", tol);
-  check_dynamics(kOp, damping, slope, lo, hi, form, phases, batch);
-  check_operands(kOp, operands);
-  EP_CHECK(storage == 0, kOp, "storage", "0 (states in their own dtype: this backend stores no other)", storage);
-  const bool delta = form != 0;
-  const int64_t samples = batch / phases;  // of the free phase
-  check_count("biases", biases.size(), nodes);
-  check_count("extra", extra.size(), nodes);
-  check_count("shapes", shapes.size(), 3 * nodes);
-  check_count("nudge_gains", nudge_gains.size(), nodes);
-  check_count("scales", scales.size(), nodes);
-  check_count("free", free.size(), delta ? nodes : 0);
-  check_count("preactivations", preactivations.size(), delta ? nodes : 0);
-  check_count("connections", connections.size(), 7 * count);
-  check_count("drives", drives.size(), count);
-  check_count("winners", winners.size(), count);
-  check_count("drive_gains", drive_gains.size(), count);
-  check_count("feedback_gains", feedback_gains.size(), count);
-  check_count("head_spec", head_spec.size(), 4 * (heads.size() / 3));
-  check_count("heads", heads.size(), 3 * (head_spec.size() / 4));
-  check_count("head_scalars", head_scalars.size(), head_spec.size() / 2);
-  check_finite(kOp, "drive_gains", drive_gains);
-  check_finite(kOp, "feedback_gains", feedback_gains);
-  check_finite(kOp, "nudge_gains", nudge_gains);
-  check_finite(kOp, "head_scalars", head_scalars);
-  for (double s : scales) EP_CHECK(std::isfinite(s) && s > 0, kOp, "scales", "finite numbers > 0", s);
-
-  const Tensor& like = weights[0];
-  check_floating(kOp, "weights", like);
-  Problem p;
-  p.batch = batch;
-  p.phases = phases;
-  p.steps = steps;
-  p.frozen = frozen;
-  p.deferred = deferred;
-  p.keep = keep;
-  p.dtype = like.scalar_type();
-  p.operands = operands == 2 ? ScalarType::Half : operands == 3 ? ScalarType::BFloat16 : p.dtype;
-  p.dynamics = {damping, slope, lo, hi, 1.0, static_cast<Form>(form)};
-  p.tol = tol;
-
-  for (size_t i = 0; i < nodes; ++i) {
-    Node node;
-    const int64_t* size = shapes.data() + 3 * i;
-    const bool map = size[1] != 0 || size[2] != 0;
-    const int64_t most = map ? int64_t{1} << 20 : int64_t{1} << 31;  // products of three stay within 64 bits
-    EP_CHECK(
-        size[0] > 0 && size[0] < most && (!map || (size[1] > 0 && size[2] > 0 && size[1] < most && size[2] < most)),
-        kOp, "shapes", "C, H, W or F, 0, 0 for node " << i, size[0] << ", " << size[1] << ", " << size[2]);
-    node.shape = {batch, size[0]};
-    if (map) node.shape.insert(node.shape.end(), {size[1], size[2]});
-    Ints free_shape = node.shape;
-    free_shape[0] = samples;
-    if (present(states[i])) check_like(kOp, "states", states[i], node.shape, like);
-    if (present(biases[i])) check_like(kOp, "biases", biases[i], {node.shape[1]}, like);
-    if (present(extra[i])) check_like(kOp, "extra", extra[i], free_shape, like);
-    node.bias = present(biases[i]) ? dense(biases[i]) : biases[i];
-    node.extra = absent(like);
-    if (present(extra[i])) {  // tiled to both phases, so that gradients of heads can be added to it
-      node.extra = empty(node.shape, like);
-      torch::stable::Tensor tiled = node.extra;
-      for (int64_t phase = 0; phase < phases; ++phase) {
-        Tensor part = torch::stable::narrow(tiled, 0, phase * samples, samples);
-        torch::stable::copy_(part, extra[i]);
-      }
-    }
-    if (delta && i > 0) {
-      check_like(kOp, "free", free[i], free_shape, like);
-      check_like(kOp, "preactivations", preactivations[i], free_shape, like);
-      node.free = dense(free[i]);
-      node.preactivation = dense(preactivations[i]);
-    }
-    node.nudge_gain = nudge_gains[i];
-    node.scale = scales[i];
-    p.nodes.push_back(node);
-  }
-  Ints ends;
-  for (size_t c = 0; c < count; ++c) {
-    const int64_t* flat = connections.data() + 7 * c;
-    EP_CHECK(flat[0] >= 0 && flat[0] < flat[1] && flat[1] < static_cast<int64_t>(nodes), kOp, "connections",
-             "0 <= src < dst < " << nodes << " (connection " << c << ")", flat[0] << ", " << flat[1]);
-    const std::string where = std::string(kOp) + " (connection " + std::to_string(c) + ")";
-    const Geometry g = geometry_of(where.c_str(), weights[c], {flat[2], flat[3]}, {flat[4], flat[5]}, flat[6]);
-    const Ints& source = p.nodes[flat[0]].shape;
-    check_connection(where.c_str(), source, weights[c], g, like);
-    const Ints driven = g.drive_shape(source, sizes(weights[c]));
-    EP_CHECK(driven == p.nodes[flat[1]].shape, where, "shapes", list(driven) << " for node " << flat[1],
-             list(p.nodes[flat[1]].shape));
-    if (present(drives[c])) {
-      Ints expected = driven;
-      if (drives[c].dim() > 0 && drives[c].size(0) == samples) expected[0] = samples;
-      check_like(kOp, "drives", drives[c], expected, like);
-    }
-    if (present(winners[c])) check_winners(kOp, winners[c], driven, batch);
-    ends.insert(ends.end(), {flat[0], flat[1]});
-    p.connections.push_back(
-        {flat[0], flat[1], g, cast(dense(weights[c]), p.operands), drive_gains[c], feedback_gains[c]});
-  }
-  p.program = decode(program, static_cast<int64_t>(nodes), ends);
-  for (size_t h = 0; h < head_spec.size() / 4; ++h) {
-    const int64_t node = head_spec[4 * h];
-    EP_CHECK(node >= 1 && node < static_cast<int64_t>(nodes), kOp, "head_spec", "a node from 1 to " << nodes - 1, node);
-    p.heads.push_back(head_of(head_spec.data() + 4 * h, head_scalars.data() + 2 * h, heads.data() + 3 * h,
-                              p.nodes[node].shape, samples, like));
-  }
-
-  Run run(p, dense_all(states), dense_all(drives), dense_all(winners), like);
+  Relaxation r =
+      read_relaxation(kRules, {states,         weights,     biases,   drives,       winners,   free,    preactivations,
+                               heads,          extra,       shapes,   connections,  head_spec, program, drive_gains,
+                               feedback_gains, nudge_gains, scales,   head_scalars, batch,     phases,  steps,
+                               form,           frozen,      deferred, operands,     storage,   keep,    damping,
+                               slope,          lo,          hi,       tol});
+  prepare(r);
+  Run run(r);
   const Floats trace = run.run();
 
   Tensors out_states, out_pre, out_drives, out_winners;
-  for (size_t i = 1; i < nodes; ++i) out_states.push_back(run.state(i));
-  for (size_t i = 1; i < nodes; ++i) out_pre.push_back(run.preactivation(i));
-  for (size_t c = 0; c < count; ++c) out_drives.push_back(run.drive(c));
-  for (size_t c = 0; c < count; ++c) out_winners.push_back(run.winners(c));
-  const Tensor residual = empty({steps, batch}, like);
-  dispatch(p.dtype, [&](auto zero) {
+  for (size_t i = 1; i < r.nodes.size(); ++i) out_states.push_back(run.state(i));
+  for (size_t i = 1; i < r.nodes.size(); ++i) out_pre.push_back(run.preactivation(i));
+  for (size_t c = 0; c < r.connections.size(); ++c) out_drives.push_back(run.drive(c));
+  for (size_t c = 0; c < r.connections.size(); ++c) out_winners.push_back(run.winners(c));
+  const Tensor residual = empty({steps, batch}, r.like);
+  dispatch(r.like.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     for (size_t i = 0; i < trace.size(); ++i) mutable_data<T>(residual)[i] = static_cast<T>(trace[i]);
     return 0;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "aten.h"
 #include "parallel.h"
 #include "passes.h"
 
@@ -20,7 +21,7 @@ std::vector<T> tile_bias(const Tensor& bias) {
 
 template <typename T>
 void run(const std::vector<Summand>& summands, const Tensor* bias, const Tensor* old, const Tensor* pre, int64_t phases,
-         const Dynamics& dynamics, const Tensor& out, const Tensor* pre_out, double* residual) {
+         const Dynamics<double>& dynamics, const Tensor& out, const Tensor* pre_out, double* residual) {
   const int64_t batch = out.size(0);
   if (out.numel() == 0) return;
   std::vector<Term<T>> terms;
@@ -70,7 +71,8 @@ void run(const std::vector<Summand>& summands, const Tensor* bias, const Tensor*
 }  // namespace
 
 void step(const std::vector<Summand>& summands, const Tensor* bias, const Tensor* old, const Tensor* pre,
-          int64_t phases, const Dynamics& dynamics, const Tensor& out, const Tensor* pre_out, double* residual) {
+          int64_t phases, const Dynamics<double>& dynamics, const Tensor& out, const Tensor* pre_out,
+          double* residual) {
   if (out.scalar_type() == ScalarType::Double) {
     run<double>(summands, bias, old, pre, phases, dynamics, out, pre_out, residual);
   } else {

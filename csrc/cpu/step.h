@@ -3,8 +3,7 @@
 
 #include <vector>
 
-#include "aten.h"
-#include "ep/elementwise.h"
+#include "../common/checks.h"
 
 namespace ep::cpu {
 
@@ -15,15 +14,9 @@ struct Summand {
   double second_gain;
 };
 
-struct Dynamics {
-  double damping, slope, lo, hi;
-  double scale;  // of the node's delta (delta forms)
-  Form form;
-};
-
 // Writes the new state to `out` (may be `old` itself), gamma a to `pre_out` if not null, and raises the samples'
 // entries of residual[batch] to the changes, in the states' units. bias, old, pre may be null.
 void step(const std::vector<Summand>& summands, const Tensor* bias, const Tensor* old, const Tensor* pre,
-          int64_t phases, const Dynamics& dynamics, const Tensor& out, const Tensor* pre_out, double* residual);
+          int64_t phases, const Dynamics<double>& dynamics, const Tensor& out, const Tensor* pre_out, double* residual);
 
 }  // namespace ep::cpu

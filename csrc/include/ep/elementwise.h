@@ -47,6 +47,33 @@ EP_HD inline T damp(T old, T target, T eta) {
   return (T(1) - eta) * old + eta * target;
 }
 
+// Constants of one update of a node.
+template <typename T>
+struct Dynamics {
+  Form form;
+  T damping, slope, lo, hi;
+  T scale;  // of the node's delta (delta forms)
+};
+
+// The new state, or delta, from gamma a: (1 - eta) old + eta clip(gamma a), clipped once more when eta > 1. pre: gamma
+// a of the free equilibrium (delta forms).
+template <typename T>
+EP_HD inline T next_state(const Dynamics<T>& d, T old, T a, T pre) {
+  T target = clamp(a, d.lo, d.hi);
+  if (d.form == Form::kDelta) target = delta_clip(pre, a, d.lo, d.hi, d.scale);
+  if (d.form == Form::kTangent) target = tangent_clip(pre, a, d.lo, d.hi);
+  if (d.damping == T(1)) return target;
+  target = damp(old, target, d.damping);
+  return d.damping > T(1) ? clamp(target, d.lo, d.hi) : target;
+}
+
+// d = difference_gain (d+ - d-) and m = s + mean_gain (d+ + d-); with one phase, d- is zero.
+template <typename T>
+EP_HD inline void difference_and_mean(T free, T plus, T minus, T difference_gain, T mean_gain, T& difference, T& mean) {
+  difference = difference_gain * (plus - minus);
+  mean = free + mean_gain * (plus + minus);
+}
+
 // Maximum in which NaN wins, whichever side it is on.
 template <typename T>
 EP_HD inline T larger(T a, T b) {

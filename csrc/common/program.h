@@ -3,9 +3,9 @@
 
 #include <vector>
 
-#include "aten.h"
+#include "tensors.h"
 
-namespace ep::cpu {
+namespace ep {
 
 enum class Op : int64_t { kDrive = 0, kNudge = 1, kStep = 2 };
 
@@ -28,4 +28,4 @@ struct Program {
 // range, on a step that reads a connection of another node, and on steps outside sweeps.
 Program decode(const Ints& flat, int64_t nodes, const Ints& ends);
 
-}  // namespace ep::cpu
+}  // namespace ep

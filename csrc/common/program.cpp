@@ -2,7 +2,7 @@
 
 #include "ep/check.h"
 
-namespace ep::cpu {
+namespace ep {
 namespace {
 
 class Reader {
@@ -83,4 +83,4 @@ Program decode(const Ints& flat, int64_t nodes, const Ints& ends) {
   return program;
 }
 
-}  // namespace ep::cpu
+}  // namespace ep

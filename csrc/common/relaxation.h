@@ -1,0 +1,54 @@
+// One relaxation as data: the arguments of torch.ops.ep_kernels.relax, read and checked once for every backend.
+#pragma once
+
+#include "geometry.h"
+#include "head.h"
+#include "program.h"
+
+namespace ep {
+
+// In the order of the schema (csrc/ops.cpp).
+struct RelaxArguments {
+  const Tensors &states, &weights, &biases, &drives, &winners, &free, &preactivations, &heads, &extra;
+  const Ints &shapes, &connections, &head_spec, &program;
+  const Floats &drive_gains, &feedback_gains, &nudge_gains, &scales, &head_scalars;
+  int64_t batch, phases, steps, form;
+  bool frozen, deferred;
+  int64_t operands, storage;
+  bool keep;
+  double damping, slope, lo, hi, tol;
+};
+
+struct Connection {
+  int64_t src, dst;
+  Geometry geometry;
+  Tensor weight, drive, winners;  // the last two may be absent
+  double drive_gain, feedback_gain;
+};
+
+struct Node {
+  Ints shape;                  // [batch, ...]
+  Tensor state, bias, extra;   // each may be absent; `extra` holds samples()
+  Tensor free, preactivation;  // delta forms, not of node 0: samples()
+  double nudge_gain, scale;
+};
+
+struct Relaxation {
+  std::vector<Connection> connections;
+  std::vector<Node> nodes;
+  std::vector<Head> heads;
+  Program program;
+  int64_t batch, phases, steps;
+  bool frozen, deferred, keep;
+  int64_t operands, storage;  // codes of the schema
+  Dynamics<double> dynamics;  // scale 1
+  double tol;
+  Tensor like;  // a tensor of the dtype and device of all
+
+  int64_t samples() const { return batch / phases; }  // of the free phase
+};
+
+// Raises on arguments that describe no relaxation, or one that the rules exclude.
+Relaxation read_relaxation(const Rules& rules, const RelaxArguments& arguments);
+
+}  // namespace ep

@@ -1,0 +1,8 @@
+#include "contrast_launch.cuh"
+
+namespace ep::cuda {
+
+template void split_contrast<Products::kFloat>(Contrast&, const Device&);
+template void launch_contrast<Products::kFloat>(const Contrast&, const Device&, cudaStream_t);
+
+}  // namespace ep::cuda

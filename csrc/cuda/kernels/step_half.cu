@@ -1,0 +1,7 @@
+#include "step_launch.cuh"
+
+namespace ep::cuda {
+
+template void launch_step<Products::kHalf>(const Step&, const Device&, cudaStream_t);
+
+}  // namespace ep::cuda
