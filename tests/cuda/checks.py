@@ -1,0 +1,87 @@
+"""What the kernels must do, for their mutants (tests/host/mutant.py): each gets the module that holds the ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ep_kernels import reference
+
+ORDERS: tuple[str | int, ...] = ("forward", "reverse", 1)
+PAIR = [1, 1]
+
+
+def _numbers(*shape: int) -> Tensor:
+    """Small integers: products and sums of them are exact in every precision."""
+    generator = torch.Generator().manual_seed(len(shape) + shape[0])
+    return torch.randint(-2, 3, shape, generator=generator).float()
+
+
+def _equal(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def _drive(module: Any, dtype: torch.dtype, **device: int) -> None:
+    source, weight = _numbers(2, 40, 8, 8), _numbers(72, 40, 3, 3)
+    expected, winners = reference.drive(source, weight, PAIR, PAIR, "max")
+    assert winners is not None
+    module.set_device(**device)
+    for order in ORDERS:
+        module.set_order(order)
+        out, won = torch.ops.ep_kernels_host.drive(source.to(dtype), weight.to(dtype), PAIR, PAIR, 1)
+        _equal(out.float(), expected.to(dtype).float())
+        assert torch.equal(won, winners)
+
+
+def drive_half(module: Any) -> None:
+    """mma.sync of float16."""
+    _drive(module, torch.float16)
+
+
+def drive_float(module: Any) -> None:
+    """The products in float32."""
+    _drive(module, torch.float32)
+
+
+def drive_warpgroup(module: Any) -> None:
+    """wgmma of float16; needs EP_KERNELS_WGMMA=1."""
+    module.reset_statistics()
+    _drive(module, torch.float16, major=9, processors=1)
+    assert any("Warpgroup" in name for name in module.statistics()["kernels"])
+
+
+def _contrast(module: Any, operands: int) -> None:
+    source, target = _numbers(2, 24, 6, 6), _numbers(2, 40, 6, 6)
+    deltas = _numbers(4, 24, 6, 6), _numbers(4, 40, 6, 6)
+    shape = [40, 24, 3, 3]
+    expected = reference.contrast(source, deltas[0], target, deltas[1], shape, PAIR, PAIR)
+    for order in ORDERS:
+        module.set_order(order)
+        found = torch.ops.ep_kernels_host.contrast(
+            source, deltas[0], target, deltas[1], shape, PAIR, PAIR, 0, None, 1.0, 1.0, 0.5, 1.0, operands
+        )
+        for a, b in zip(found, expected, strict=True):
+            _equal(a, b)
+
+
+def contrast_half(module: Any) -> None:
+    _contrast(module, 2)
+
+
+def contrast_tf32(module: Any) -> None:
+    _contrast(module, 1)
+
+
+def step_residual(module: Any) -> None:
+    """The largest change of each sample, over tiles that several samples share."""
+    state, drive = _numbers(5, 80, 5, 3), _numbers(5, 80, 5, 3)
+    expected = (drive - state).abs().flatten(1).amax(1)
+    for order in ORDERS:
+        module.set_order(order)
+        _, found, _ = torch.ops.ep_kernels_host.relax_step(
+            state, None, [drive], [1.0], [], [], [], [], [], [], [], [], [], None, 0.0, None, 0, 1, 1.0, 1.0, -9.0, 9.0,
+            1.0, False,
+        )  # fmt: skip
+        _equal(found, expected)
