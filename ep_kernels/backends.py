@@ -1,4 +1,9 @@
-"""Which backend runs an op, and why the others cannot: ``reference``, ``cpu``, ``triton``, ``cuda`` or ``auto``."""
+"""Which backend runs an op, and why the others cannot: ``reference``, ``cpu``, ``triton``, ``cuda`` or ``auto``.
+
+On CUDA tensors ``auto`` takes what was measured to be the fastest (:mod:`ep_kernels.races`). Where nothing was
+measured, it takes triton on compute capability 9.0 and newer, whose tensor cores and TMA its kernels use, and cuda on
+8.x, where both run the same instructions and nothing has to be compiled at run time.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +12,29 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from . import _library, reference, relax_op
+from . import _library, ops, races, reference, relax_op
+from .gradients import AllContrasts
 from .relaxation import Contrast, Relaxation, Relaxed, relax_reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+ON_GPU = ("cuda", "triton")
 ENVIRONMENT = "EP_KERNELS_BACKEND"
 TRITON_NEEDED = (3, 6)
+GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 log = logging.getLogger("ep_kernels")
 
+Job = Relaxation | tuple[Contrast, ...]
 _current: ContextVar[str | None] = ContextVar("ep_kernels_backend", default=None)
+_recorder: ContextVar[list[Job] | None] = ContextVar("ep_kernels_recorder", default=None)
 _logged: set[tuple[str, str]] = set()
 
 
@@ -50,8 +61,13 @@ def backend(name: str) -> Iterator[None]:
 
 def status() -> dict[str, str | None]:
     """Per backend: None if it can run here, else the reason why it cannot."""
-    later = "not part of this version: see CHANGELOG.md"
-    return {"reference": None, "cpu": _library.load_error(), "triton": _triton_missing(), "cuda": later}
+    error = _library.load_error()
+    return {
+        "reference": None,
+        "cpu": error,
+        "triton": _triton_missing(),
+        "cuda": _cuda_missing() if error is None else error,
+    }
 
 
 def requested() -> str:
@@ -65,25 +81,30 @@ def choose(
     name: str | None = None,
     *,
     storage: torch.dtype | None = None,
+    race: Callable[[], str] | None = None,
 ) -> str:
     """The backend that runs ops on tensors of this device and dtype, with states in ``storage`` (None: in theirs).
 
     The same test raises when the user named the backend and logs (once per reason) when the choice is automatic.
 
+    Args:
+        race: makes the key under which what is to run may have been measured; called only where it is needed.
+
     Raises:
         ValueError: an unknown name. BackendError: a named backend that cannot run, with the reason.
     """
     name = _known(name, "backend") if name is not None else requested()
-    if name == "triton" and dtype == torch.float64:
-        _require(name, torch.device(device))
+    device = torch.device(device)
+    if name in ON_GPU and dtype == torch.float64:
+        _require(name, device)
         _log_once(name, "it computes in float32 and narrower; float64 falls back to the reference")
         return "reference"
     if name != "auto":
-        _require(name, torch.device(device), dtype, storage)
+        _require(name, device, dtype, storage)
         return name
-    for candidate in ("cuda", "triton", "cpu"):
-        reason = _refusal(candidate, torch.device(device), dtype, storage)
-        if reason is None and candidate == "triton" and torch.device(device).type == "cpu":
+    for candidate in _candidates(device, dtype, storage, race):
+        reason = why_not(candidate, device, dtype, storage)
+        if reason is None and candidate == "triton" and device.type == "cpu":
             reason = "TRITON_INTERPRET runs it on the CPU, slowly and for tests: ask for it by name"
         if reason is None:
             return candidate
@@ -93,11 +114,18 @@ def choose(
 
 def relax(relaxation: Relaxation, name: str | None = None) -> Relaxed:
     """Run a relaxation on the chosen backend."""
+    _record(relaxation)
     weight = relaxation.weights[0]
-    chosen = choose(weight.device, weight.dtype, name, storage=relaxation.storage)
+    race = partial(races.relaxation_key, relaxation)
+    chosen = choose(weight.device, weight.dtype, name, storage=relaxation.storage, race=race)
+    if chosen == "cuda" and weight.dtype != torch.float32:
+        _log_once(chosen, f"parameters of {weight.dtype} go through the reference")
+        chosen = "reference"
     if chosen == "reference":
         return relax_reference(relaxation)
-    if chosen == "triton" and not torch.compiler.is_compiling():
+    if chosen == "triton":
+        if torch.compiler.is_compiling():
+            return relax_op.relax(relaxation, triton=True)
         from . import triton
 
         return triton.relax(relaxation)
@@ -109,14 +137,48 @@ def contrasts(jobs: Sequence[Contrast], name: str | None = None) -> list[tuple[T
 
     ``cpu`` does not round the products' operands, whatever ``operands`` says.
     """
+    _record(tuple(jobs))
     weight = jobs[0].weight
-    chosen = choose(weight.device, weight.dtype, name)
-    if chosen == "triton" and not torch.compiler.is_compiling():
+    chosen = choose(weight.device, weight.dtype, name, race=partial(races.contrasts_key, jobs))
+    if chosen in ON_GPU and not torch.compiler.is_compiling():
+        if chosen == "cuda":
+            return _cuda_contrasts(jobs)
         from . import triton
 
         return triton.contrasts(jobs)
-    run = reference.contrast if chosen == "reference" else relax_op.contrast
-    return [_contrast(run, job) for job in jobs]
+    if chosen == "reference":
+        return [_contrast(reference.contrast, job) for job in jobs]
+    return [_contrast(partial(relax_op.contrast, triton=chosen == "triton"), job) for job in jobs]
+
+
+@contextmanager
+def recorded() -> Iterator[list[Job]]:
+    """Within, every relaxation and every group of contrasts that runs is also put into the list, in order."""
+    jobs: list[Job] = []
+    token = _recorder.set(jobs)
+    try:
+        yield jobs
+    finally:
+        _recorder.reset(token)
+
+
+def run_job(job: Job, name: str) -> object:
+    """A recorded job on a backend."""
+    return relax(job, name) if isinstance(job, Relaxation) else contrasts(job, name)
+
+
+@lru_cache(maxsize=16)
+def machine(device: torch.device) -> races.Machine:
+    """A CUDA device and what runs on it, as the times of races are kept."""
+    from . import __version__
+
+    return races.Machine(torch.cuda.get_device_name(device), __version__, _triton_version())
+
+
+def _record(job: Job) -> None:
+    jobs = _recorder.get()
+    if jobs is not None:
+        jobs.append(job)
 
 
 def _contrast(run: Callable[..., tuple[Tensor, Tensor]], job: Contrast) -> tuple[Tensor, Tensor]:
@@ -139,23 +201,50 @@ def _contrast(run: Callable[..., tuple[Tensor, Tensor]], job: Contrast) -> tuple
     )
 
 
+_cuda_contrasts = AllContrasts(lambda job: _contrast(relax_op.contrast, job))
+
+
 def _known(name: str, where: str) -> str:
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"{where}: expected one of auto, {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 
-def _refusal(
+def _candidates(
+    device: torch.device, dtype: torch.dtype, storage: torch.dtype | None, race: Callable[[], str] | None
+) -> tuple[str, ...]:
+    """What ``auto`` tries, in order. Never raises."""
+    order = (*ON_GPU, "cpu")
+    if device.type != "cuda" or any(why_not(name, device, dtype, storage) is not None for name in ON_GPU):
+        return order  # at most one of them can run
+    won = None
+    if race is not None and not torch.compiler.is_compiling():
+        won = races.winner(race, machine(device))
+    if won is not None:
+        return (won, *(name for name in order if name != won))
+    major, minor = torch.cuda.get_device_capability(device)
+    first, other = ("triton", "cuda") if major >= 9 else ("cuda", "triton")
+    why = "its kernels use this device's TMA and wgmma or tcgen05" if major >= 9 else "it has nothing to compile"
+    _log_once(
+        other,
+        f"nothing was measured (ep-kernels tune), and on compute capability {major}.{minor} auto takes {first}: {why}",
+    )
+    return (first, other, "cpu")
+
+
+def why_not(
     name: str,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     storage: torch.dtype | None = None,
 ) -> str | None:
+    """Why a backend cannot run, on tensors of this device and dtype if they are given; None if it can."""
     reason = status()[name]
     if reason is not None or name == "reference":
         return reason
-    if name == "triton":
-        return _triton_refusal(device, dtype)
+    device = None if device is None else torch.device(device)
+    if name in ON_GPU:
+        return _gpu_refusal(name, device, dtype)
     if device is not None and device.type not in ("cpu", "meta"):
         return f"it runs on cpu tensors, these are on {device}"
     if dtype is not None and dtype not in (torch.float32, torch.float64):
@@ -189,16 +278,67 @@ def _triton_version() -> str:
         return str(importlib.import_module("triton").__version__)
 
 
-def _triton_refusal(device: torch.device | None, dtype: torch.dtype | None) -> str | None:
-    if device is not None and device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+@lru_cache(maxsize=2)
+def _cuda_missing() -> str | None:
+    """Of a library that loads."""
+    if torch.version.hip:
+        return "PyTorch is built for ROCm; the kernels are for NVIDIA GPUs"
+    if not ops.has_cuda():
+        note = _library.build_info().get("note")
+        built = f"this build has no CUDA kernels, it is built for the CPU only{f' ({note})' if note else ''}"
+        return f"{built}. Where nvcc is installed, run: {_rebuild()}"
+    if torch.cuda.is_available():
+        return None
+    return "no CUDA device is available" + ("" if torch.version.cuda else f": torch {torch.__version__} has no CUDA")
+
+
+def _rebuild() -> str:
+    root = _library.PACKAGE.parent
+    if (root / "CMakeLists.txt").is_file():
+        return f"EP_KERNELS_BUILD=cuda pip install --no-build-isolation -e {root}"
+    return "EP_KERNELS_BUILD=cuda pip install --force-reinstall --no-deps --no-binary ep-kernels ep-kernels"
+
+
+def _gpu_refusal(name: str, device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    interpreted = name == "triton" and device is not None and device.type == "cpu" and interpreting()
+    if device is not None and device.type != "cuda" and not interpreted:
         return f"it runs on cuda tensors, these are on {device}"
     if device is not None and device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"it needs compute capability 8.0 or newer, {device} has {major}.{minor}"
-    if dtype is not None and dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        archs = _archs() if name == "cuda" else ()
+        if archs and not covered(archs, (major, minor)):
+            return f"this build has kernels for compute capability {', '.join(archs)}; {device} has {major}.{minor}"
+    if dtype is not None and dtype not in GPU_DTYPES:
         return f"it computes in float32, float16 and bfloat16, these are {dtype}"
     return None
+
+
+@lru_cache(maxsize=2)
+def _archs() -> tuple[str, ...]:
+    """Architectures of the CUDA build; empty where it does not say."""
+    return tuple(map(str, _library.build_info().get("cuda_archs") or ()))
+
+
+def covered(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code for one of these architectures (``8.0``, ``9.0a``, ``12.0+PTX``) runs on a compute capability.
+
+    Machine code runs on the same major number from its own minor number on, that of an ``a`` only on its own; PTX also
+    on everything newer.
+    """
+    for arch in archs:
+        parts = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
+        if parts is None:
+            continue
+        own = int(parts[1]), int(parts[2])
+        if own == capability:
+            return True
+        if parts[3] != "a" and own[0] == capability[0] and own < capability:
+            return True
+        if not parts[3] and parts[4] and own < capability:
+            return True
+    return False
 
 
 def _log_once(name: str, reason: str) -> None:
@@ -213,6 +353,6 @@ def _require(
     dtype: torch.dtype | None = None,
     storage: torch.dtype | None = None,
 ) -> None:
-    reason = _refusal(name, device, dtype, storage)
+    reason = why_not(name, device, dtype, storage)
     if reason is not None:
         raise BackendError(f"backend '{name}' cannot run: {reason}")

@@ -1,24 +1,32 @@
-"""The command ``ep-kernels``: ``tune`` measures tiles of the Triton kernels on this GPU, ``info`` says what can run."""
+"""The command ``ep-kernels``: ``tune`` measures on this GPU, ``info`` says what can run.
+
+Tuning is in two parts: tiles of the Triton kernels, then races between the backends that can run (:mod:`.races`).
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from . import info
+from . import backends, cache, info, races
 from .architectures import ARCHITECTURES, architecture_of
 from .config import ESTIMATORS, RelaxConfig
 from .network import Network, Pool
+from .parameters import Parameters
 from .plan import SCHEDULES
 from .precision import Operands
+from .solver import ep_gradients, targets_for
 
 if TYPE_CHECKING:
     from .triton.arch import Arch
@@ -31,6 +39,9 @@ OPERANDS: dict[str, Operands] = {
     "tf32": "tf32",
     "float32": None,
 }
+CLASSES = 10
+KEY_WORDS = 4  # of a race's key: what it is, samples, phases, and form or operands
+KEY_WIDTH = 50
 GPUS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")  # rows of ep_kernels/triton/tiling.py
 
 
@@ -62,14 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def tune(asked: argparse.Namespace) -> int:
-    """Measure, or with ``--dry-run`` list, every problem of a training batch; see ``ep-kernels tune --help``.
+    """Measure tiles and backends, or with ``--dry-run`` list the tiles' problems; see ``ep-kernels tune --help``.
 
     Raises:
         TuneError, ValueError: before anything ran. OSError: the cache cannot be written. RuntimeError: the device
             is lost.
     """
-    if importlib.util.find_spec("triton") is None:
-        raise TuneError("the Triton kernels need triton, which is not installed: pip install triton")
+    tiles = importlib.util.find_spec("triton") is not None and not asked.races_only
+    if asked.dry_run and not tiles:
+        why = "nothing to list with --races-only" if asked.races_only else "triton is not installed: pip install triton"
+        raise TuneError(f"argument --dry-run lists tiles of the Triton kernels: {why}")
     if asked.arch is not None and not asked.dry_run:
         raise TuneError("argument --arch: only with --dry-run; tiles are measured on the GPU that is there")
     if not asked.dry_run and not torch.cuda.is_available():
@@ -78,20 +91,29 @@ def tune(asked: argparse.Namespace) -> int:
         raise TuneError("TRITON_INTERPRET=1 runs the kernels in Python, where no time means anything: unset it")
     if asked.batch < 1:
         raise TuneError(f"argument --batch: expected a number >= 1, got {asked.batch}")
-    from .triton.problems import training_problems
-
     network = network_of(asked.network, asked.input)
     storage = torch.float16 if asked.storage == "float16" else None
     config = RelaxConfig(
         schedule=asked.schedule, estimator=asked.estimator, operands=OPERANDS[asked.precision], storage=storage
     )
-    problems = training_problems(network, config, asked.batch)
-    arch = _arch(asked.arch)
     what = f"{asked.network}, input {'x'.join(map(str, asked.input))}, batch {asked.batch}, {asked.precision} operands"
-    if asked.dry_run:
-        _print_plan(what, problems, arch)
-        return 0
-    return _measure_all(what, problems, arch, asked)
+    failed = 0
+    if tiles:
+        from .triton.problems import training_problems
+
+        problems = training_problems(network, config, asked.batch)
+        arch = _arch(asked.arch)
+        if asked.dry_run:
+            _print_plan(what, problems, arch)
+            return 0
+        failed = _measure_all(what, problems, arch, asked)
+    contenders = _contenders()
+    if len(contenders) > 1:
+        return _race_all(what, network, config, asked, contenders) or failed
+    if not tiles:
+        missing = [f"{name}: {_why_not(name)}" for name in backends.ON_GPU if name not in contenders]
+        print(f"nothing to race, it takes two backends for this GPU: {'; '.join(missing)}")
+    return failed
 
 
 def network_of(spec: str, input_shape: Sequence[int]) -> Network:
@@ -107,7 +129,7 @@ def network_of(spec: str, input_shape: Sequence[int]) -> Network:
     for i in architecture.pooled:
         pools[i - 1] = "max"
     channels, height, width = input_shape
-    return Network.chain((channels, height, width), architecture.channels, pools, classes=10)
+    return Network.chain((channels, height, width), architecture.channels, pools, classes=CLASSES)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,9 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--json", action="store_true", help="one JSON object instead of text")
     tuning = commands.add_parser(
         "tune",
-        help="measure tiles of the Triton kernels on this GPU and keep the winners",
-        description="Measures, for every kernel launch of a training batch, each tile of the architecture's table, and "
-        "keeps the fastest in the user's cache, where the triton backend finds it.",
+        help="measure tiles of the Triton kernels and the backends on this GPU, and keep the winners",
+        description="Measures, for every kernel launch of a training batch, each tile of the architecture's table; "
+        "then races the batch's relaxations and contrasts on every backend that can run on the GPU. The winners are "
+        "kept in the user's cache, where the backends triton and auto find them.",
     )
     names = ", ".join(ARCHITECTURES)
     add = tuning.add_argument
@@ -130,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--storage", choices=("float16", "float32"), default="float32", help="of the states (default: float32)")
     add("--schedule", choices=SCHEDULES, default=RelaxConfig.schedule, help="default: %(default)s")
     add("--estimator", choices=ESTIMATORS, default=RelaxConfig.estimator, help="default: %(default)s")
+    add("--races-only", action="store_true", help="only race the backends; tiles stay as they are")
     add("--dry-run", action="store_true", help="list problems and tiles; needs no GPU")
     add("--arch", choices=GPUS, help="of --dry-run (default: this GPU's, else sm_90)")
     add("--cache", type=Path, metavar="DIR", help="write to this folder (default: the user's cache)")
@@ -157,13 +181,13 @@ def _print_plan(what: str, problems: Sequence[Problem], arch: Arch) -> None:
 
 
 def _measure_all(what: str, problems: Sequence[Problem], arch: Arch, asked: argparse.Namespace) -> int:
-    from .triton import tune as cache
+    from .triton import tune as tuned
     from .triton.measure import RandomBench, cuda_timer, measure
 
     device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)
     storage = torch.float16 if asked.storage == "float16" else torch.float32
-    cache.store({}, name, arch, asked.cache)  # fails now if it cannot be written
+    tuned.store({}, name, arch, asked.cache)  # fails now if it cannot be written
     print(f"{what}, on {name} ({arch.name}): {len(problems)} problems")
     failed = 0
     for problem in problems:
@@ -180,11 +204,72 @@ def _measure_all(what: str, problems: Sequence[Problem], arch: Arch, asked: argp
         if winner is None or winner.seconds is None:
             failed += 1
             continue
-        cache.store({problem: (winner.tile, winner.seconds)}, name, arch, asked.cache)
-    print(f"kept in {cache.cache_file(name, asked.cache)}")
-    if asked.cache is not None and asked.cache.expanduser().resolve() != cache.cache_folder().resolve():
-        print(f"to use them: {cache.ENVIRONMENT}={asked.cache}")
+        tuned.store({problem: (winner.tile, winner.seconds)}, name, arch, asked.cache)
+    _say_where(tuned.cache_file(name, asked.cache), asked.cache)
     return 1 if failed else 0
+
+
+def _say_where(file: Path, folder: Path | None) -> None:
+    print(f"kept in {file}")
+    if folder is not None and folder.expanduser().resolve() != cache.cache_folder().resolve():
+        print(f"to use them: {cache.ENVIRONMENT}={folder}")
+
+
+# --- races ------------------------------------------------------------------------------------------------------------
+
+
+def _why_not(name: str) -> str | None:
+    return backends.why_not(name, torch.device("cuda", torch.cuda.current_device()))
+
+
+def _contenders() -> list[str]:
+    names = [name for name in backends.ON_GPU if backends.status()[name] is None]
+    return [name for name in names if _why_not(name) is None] if len(names) > 1 else names
+
+
+def _race_all(
+    what: str, network: Network, config: RelaxConfig, asked: argparse.Namespace, contenders: Sequence[str]
+) -> int:
+    """Every relaxation and the contrasts of a training batch, on every backend; the exit code."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    machine = backends.machine(device)
+    file = races.store({}, machine, asked.cache)  # fails now if it cannot be written
+    print(f"{what}, on {machine.device}: {' against '.join(contenders)}")
+    parameters, x, targets = _training_batch(network, asked.batch, device)
+    with backends.recorded() as jobs:
+        ep_gradients(network, parameters, x, targets, config, backend=contenders[0])
+    failed = False
+    for key, job in {races.key_of(job): job for job in jobs}.items():
+        runs = {name: partial(backends.run_job, job, name) for name in contenders}
+        held = races.race(runs, races.event_timer)
+        print(_race(key, held), flush=True)
+        failed = failed or bool(held.errors)
+        races.store({key: held}, machine, asked.cache)
+    _say_where(file, asked.cache)
+    return 1 if failed else 0
+
+
+def _training_batch(network: Network, batch: int, device: torch.device) -> tuple[Parameters, Tensor, list[Tensor]]:
+    """Random parameters of the size that training starts with, random images and labels."""
+    generator = torch.Generator(device).manual_seed(0)
+    named = {}
+    for name, shape in Parameters.shapes(network).items():
+        fan_in = math.prod(shape[1:])
+        made = torch.randn(shape, device=device, generator=generator) * fan_in**-0.5
+        named[name] = made.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else made
+    x = torch.rand(batch, *network.shapes[0], device=device, generator=generator)
+    labels = torch.randint(0, CLASSES, (batch,), device=device, generator=generator)
+    return Parameters.from_named(network, named), x, targets_for(network, labels, CLASSES, torch.float32)
+
+
+def _race(key: str, held: races.Race) -> str:
+    """One line of the table: what ran, the times, the winner; below it who could not run."""
+    times = "  ".join(f"{name} {1e6 * seconds:9.1f} us" for name, seconds in held.seconds.items())
+    errors = "".join(f"\n    {name} did not run: {error}" for name, error in held.errors.items())
+    ratio = ""
+    if held.winner is not None:
+        ratio = f"  {held.winner} by {max(held.seconds.values()) / min(held.seconds.values()):.2f}x"
+    return f"{' '.join(key.split()[:KEY_WORDS]):<{KEY_WIDTH}}{times}{ratio}{errors}"
 
 
 def _result(measured: Measured) -> str:

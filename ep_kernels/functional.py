@@ -73,7 +73,7 @@ def drive(
     where = _where(source.device, source.dtype)
     if where == "reference":
         return reference.drive(source, weight, stride, padding, pool, winners)
-    pooled, won = _ops(where).drive(source, weight, list(stride), list(padding), POOLS.index(pool), winners)
+    pooled, won = _op(where, "drive")(source, weight, list(stride), list(padding), POOLS.index(pool), winners)
     if pool != "max":
         return pooled, None
     return pooled, won if winners is None else winners
@@ -181,7 +181,7 @@ def relax_step(
             scale,
         )  # fmt: skip
     none = state.new_empty(0, dtype=torch.uint8)
-    return _ops(where).relax_step(  # type: ignore[no-any-return]
+    return _op(where, "relax_step")(  # type: ignore[no-any-return]
         state,
         bias if form == "states" else None,
         list(drives),
@@ -308,7 +308,7 @@ def contrast(
             source, source_delta, target, target_delta, shape, stride, padding, pool, winners, source_gain=source_gain,
             target_gain=target_gain, centre=centre, scale=scale, operands=operands,
         )  # fmt: skip
-    return _ops(where).contrast(  # type: ignore[no-any-return]
+    return _op(where, "contrast")(  # type: ignore[no-any-return]
         source,
         source_delta,
         target,
@@ -331,14 +331,12 @@ def _geometry(neighbours: Sequence[Neighbour]) -> list[int]:
 
 
 def _where(device: torch.device, dtype: torch.dtype) -> str:
-    """What runs on such tensors: ``reference``, ``ops`` (those of torch, for every device) or ``interpreter``."""
+    """What runs on such tensors: ``reference``, ``ops`` (the compiled ones, for every device) or ``triton``."""
     chosen = choose(device, dtype)
     if chosen == "reference":
         return chosen
-    if chosen == "triton" and device.type == "cpu":
-        return "interpreter"  # the ops of CPU tensors are the C++ ones
     ops.ensure()
-    return "ops"
+    return "triton" if chosen == "triton" else "ops"
 
 
 # torch.compile takes its result as a constant. What torch.compiler.assume_constant_result sets, without importing
@@ -346,12 +344,9 @@ def _where(device: torch.device, dtype: torch.dtype) -> str:
 _where._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _ops(where: str) -> Any:
-    if where == "interpreter":
-        from .triton import ops as interpreted
-
-        return interpreted
-    return ops
+def _op(where: str, name: str) -> Any:
+    """The function of :mod:`ep_kernels.ops` that runs an op there."""
+    return getattr(ops, f"triton_{name}" if where == "triton" else name)
 
 
 def _finite(value: float) -> bool:

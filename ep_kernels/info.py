@@ -9,8 +9,9 @@ The JSON object has these keys, always all of them; what is unknown or absent is
     auto          the backend that ``auto`` picks for CPU tensors
     library       {path, error: null or why it cannot be used}
     environment   {variable: value or null}
-    build         what build_info.json says: version, build, compiler, torch, torch_target_version, isas, cuda_archs,
-                  commit, date, summary; empty where nothing was built
+    build         what build_info.json says: version, build (cpu or cuda), compiler, torch, torch_target_version, isas,
+                  cuda (version of nvcc, or null), cuda_archs, note (why there is no CUDA although it was wanted, or
+                  null), commit, date, summary; empty where nothing was built
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ def as_text(info: dict[str, Any]) -> str:
         for d in info["devices"]
     ] or [("cuda", "no device")]
     rows.append(("build", info["build"].get("summary", "none")))
+    if info["build"].get("note"):
+        rows.append(("build note", info["build"]["note"]))
     rows += [(name, value) for name, value in info["environment"].items() if value is not None]
     for name, backend in info["backends"].items():
         chosen = ", the choice of auto" if name == info["auto"] else ""

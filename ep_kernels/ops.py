@@ -1,8 +1,12 @@
-"""The compiled ops, ``torch.ops.ep_kernels.*``, as PyTorch sees them: loading, fake implementations, autograd.
+"""The ops ``torch.ops.ep_kernels.*`` as PyTorch sees them: loading, fake implementations, autograd.
 
-Schemas are in csrc/ops.cpp. Fake implementations give shapes to torch.compile and FakeTensor; ``drive`` is
-differentiable (its adjoint is the feedback), the others refuse to be differentiated and say what to use instead. Under
-torch.autocast they compute in float32: the precision of a relaxation is chosen by ``RelaxConfig.operands``.
+Schemas are in csrc/schemas.h. On CUDA tensors they run the library's own kernels where it was built with them, else
+Triton's. ``triton_drive``, ``triton_relax_step``, ``triton_contrast`` and ``triton_relax`` have the same schemas and
+always run Triton's: on CUDA tensors, and under TRITON_INTERPRET on those of the CPU.
+
+Fake implementations give shapes to torch.compile and FakeTensor; ``drive`` is differentiable (its adjoint is the
+feedback), the others refuse to be differentiated and say what to use instead. Under torch.autocast they compute in
+float32: the precision of a relaxation is chosen by ``RelaxConfig.operands``.
 """
 
 from __future__ import annotations
@@ -19,8 +23,11 @@ from . import _library, reference
 from .network import POOLS
 from .precision import STORAGES
 
-_lock = threading.Lock()
+NAMES = ("drive", "relax_step", "contrast", "relax")
+
+_lock = threading.RLock()
 _ready = False
+_native: bool | None = None  # known once the library is loaded
 
 
 def ensure() -> None:
@@ -35,10 +42,24 @@ def ensure() -> None:
         return
     with _lock:
         if not _ready:
-            _library.load()
+            has_cuda()
             torch.ops.ep_kernels.cpu_isa()  # a wrong EP_KERNELS_ISA is an error now, not at the first pass
             _register()
             _ready = True
+
+
+def has_cuda() -> bool:
+    """Whether the compiled library (loaded now if it was not) has CUDA kernels of its own.
+
+    Raises:
+        ImportError: the library cannot be loaded, with the reason.
+    """
+    global _native
+    with _lock:
+        if _native is None:  # asked before Python registers anything for that key
+            _library.load()
+            _native = torch._C._dispatch_has_kernel_for_dispatch_key("ep_kernels::relax", "CUDA")
+        return _native
 
 
 def drive(*args: Any) -> tuple[Tensor, Tensor]:
@@ -63,6 +84,30 @@ def relax(*args: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Te
     """``torch.ops.ep_kernels.relax``."""
     ensure()
     return torch.ops.ep_kernels.relax(*args)  # type: ignore[no-any-return]
+
+
+def triton_drive(*args: Any) -> tuple[Tensor, Tensor]:
+    """``torch.ops.ep_kernels.triton_drive``."""
+    ensure()
+    return torch.ops.ep_kernels.triton_drive(*args)  # type: ignore[no-any-return]
+
+
+def triton_relax_step(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.ops.ep_kernels.triton_relax_step``."""
+    ensure()
+    return torch.ops.ep_kernels.triton_relax_step(*args)  # type: ignore[no-any-return]
+
+
+def triton_contrast(*args: Any) -> tuple[Tensor, Tensor]:
+    """``torch.ops.ep_kernels.triton_contrast``."""
+    ensure()
+    return torch.ops.ep_kernels.triton_contrast(*args)  # type: ignore[no-any-return]
+
+
+def triton_relax(*args: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """``torch.ops.ep_kernels.triton_relax``."""
+    ensure()
+    return torch.ops.ep_kernels.triton_relax(*args)  # type: ignore[no-any-return]
 
 
 def _one_device(op: str, first: Tensor, **others: Tensor | Sequence[Tensor | None] | None) -> None:
@@ -223,37 +268,64 @@ def _written(program: list[int], *, refresh: bool) -> tuple[set[int], set[int]]:
 
 
 def _register() -> None:
-    for name, fake in (
-        ("drive", _fake_drive),
-        ("relax_step", _fake_relax_step),
-        ("contrast", _fake_contrast),
-        ("relax", _fake_relax),
-    ):
-        torch.library.register_fake(f"ep_kernels::{name}", fake)
-        for device in ("cpu", "cuda"):  # without it the convolutions inside would be cast, behind the op's back
-            torch.library.register_autocast(f"ep_kernels::{name}", device, torch.float32)
-        torch.library.impl(f"ep_kernels::{name}", "CUDA", _on_cuda(name))
-    torch.library.register_autograd("ep_kernels::drive", _drive_backward, setup_context=_drive_context)
-    for name in ("relax_step", "contrast", "relax"):
-        torch.library.register_autograd(f"ep_kernels::{name}", _refuse(name))
+    fakes = (_fake_drive, _fake_relax_step, _fake_contrast, _fake_relax)
+    for name, fake in zip(NAMES, fakes, strict=True):
+        if not has_cuda():
+            torch.library.impl(f"ep_kernels::{name}", "CUDA", _on_cuda(name))
+        _complete(name, name, fake)
+        schema = str(getattr(torch.ops.ep_kernels, name).default._schema).removeprefix(f"ep_kernels::{name}")
+        torch.library.define(f"ep_kernels::triton_{name}", schema)
+        for key in ("CPU", "CUDA"):
+            torch.library.impl(f"ep_kernels::triton_{name}", key, _with_triton(name, key.lower()))
+        _complete(f"triton_{name}", name, fake)
+
+
+def _complete(op: str, name: str, fake: Any) -> None:
+    """What Python adds to an op that computes what ``name`` does."""
+    torch.library.register_fake(f"ep_kernels::{op}", fake)
+    for device in ("cpu", "cuda"):  # without it the convolutions inside would be cast, behind the op's back
+        torch.library.register_autocast(f"ep_kernels::{op}", device, torch.float32)
+    if name == "drive":
+        torch.library.register_autograd(f"ep_kernels::{op}", _drive_backward, setup_context=_drive_context)
+    else:
+        torch.library.register_autograd(f"ep_kernels::{op}", _refuse(op))
 
 
 def _on_cuda(name: str) -> Any:
-    """The op on CUDA tensors: the Triton kernels."""
+    """The op on CUDA tensors where the library has no kernels for them: Triton's."""
 
     def run(*args: Any) -> Any:
         from . import backends
 
-        reason = backends.status()["triton"]
-        if reason is not None:
+        missing = backends.status()
+        if missing["triton"] is not None:
             raise RuntimeError(
-                f"ep_kernels::{name} on CUDA tensors needs the backend triton, which cannot run: {reason}"
+                f"ep_kernels::{name} on CUDA tensors needs the backend triton or the backend cuda, and neither can "
+                f"run. triton: {missing['triton']}. cuda: {missing['cuda']}"
             )
-        from .triton import ops as kernels
-
-        return getattr(kernels, name)(*args)
+        return _triton(name)(*args)
 
     return run
+
+
+def _with_triton(name: str, device: str) -> Any:
+    """The op with Triton's kernels on tensors of a kind of device."""
+
+    def run(*args: Any) -> Any:
+        from . import backends
+
+        reason = backends.why_not("triton", device)
+        if reason is not None:
+            raise RuntimeError(f"ep_kernels::triton_{name} cannot run: {reason}")
+        return _triton(name)(*args)
+
+    return run
+
+
+def _triton(name: str) -> Any:
+    from .triton import ops as kernels
+
+    return getattr(kernels, name)
 
 
 def _drive_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -16,7 +16,9 @@ from benchmarks.gpu.problem import (
     PRECISIONS,
     Options,
     Precision,
+    backend_of,
     batch_flops,
+    contenders,
     largest_error,
     relative_error,
     tf32,
@@ -26,7 +28,7 @@ from benchmarks.gpu.rows import Job, Row
 from benchmarks.gpu.timing import called, peak_memory, replayed
 from benchmarks.gpu.whole import COMPILE_LIMIT, MODES, autograd_loop, check, difference, problem
 from benchmarks.timing import Times
-from ep_kernels import Parameters, RelaxConfig, ep_gradients, free_phase, readout
+from ep_kernels import Parameters, RelaxConfig, backends, ep_gradients, free_phase, readout
 
 LOOP = (250, 30)  # T and K of the autograd loop, as published
 
@@ -38,12 +40,18 @@ def jobs(options: Options) -> list[Job]:
     for b in batches:
         for s in BATCHES:
             found += [
-                Job(f"{b}/{s}/ours {name}", partial(our_batch, options, b, s, p)) for name, p in PRECISIONS.items()
+                Job(f"{b}/{s}/ours {name}, {on}", partial(our_batch, options, b, s, p, on))
+                for name, p in PRECISIONS.items()
+                for on in contenders(options)
             ]
+            if options.backends:
+                continue
             found += [
                 Job(f"{b}/{s}/eager", partial(plain_batch, options, b, s, None, False)),
                 Job(f"{b}/{s}/eager in a CUDA graph", partial(plain_batch, options, b, s, None, True)),
             ]
+        if options.backends:
+            continue
         for kind in ("fp16 autocast", "tf32", "fp32"):
             found += [
                 Job(f"{b}/backprop {kind}", partial(backprop, options, b, kind, False)),
@@ -51,6 +59,11 @@ def jobs(options: Options) -> list[Job]:
             ]
         found.append(Job(f"{b}/autograd loop", partial(autograd_batch, options, b)))
     b, least = batches[0], batches[-1]
+    sixty = f"{least}/memory of 60 sweeps"
+    found += [Job(f"{sixty}, ours, {on}", partial(long_memory, options, least, on)) for on in contenders(options)]
+    if options.backends:
+        return found
+    found.append(Job(f"{sixty}, BPTT", partial(long_memory, options, least, None)))
     kind = "fp16 autocast"
     compiled = partial(backprop, options, b, kind, True, compiled=True)
     found.append(Job(f"{b}/backprop {kind} compiled in a CUDA graph", compiled, COMPILE_LIMIT))
@@ -58,8 +71,6 @@ def jobs(options: Options) -> list[Job]:
         for s in BATCHES:
             run = partial(plain_batch, options, b, s, mode, True)
             found.append(Job(f"{b}/{s}/{name} in a CUDA graph", run, COMPILE_LIMIT))
-    found.append(Job(f"{least}/memory of 60 sweeps, ours", partial(long_memory, options, least, False)))
-    found.append(Job(f"{least}/memory of 60 sweeps, BPTT", partial(long_memory, options, least, True)))
     return found
 
 
@@ -72,25 +83,28 @@ def true_batch(options: Options, batch: int, setting: str) -> Parameters:
 
 
 def _forget() -> None:
-    from ep_kernels import triton
+    """Programs that Triton keeps. Those of cuda stay: what it keeps is part of the memory of its first calls, and these
+    are the ones that are measured."""
+    if backends.why_not("triton") is None:
+        from ep_kernels import triton
 
-    triton.clear()
+        triton.clear()
 
 
-def our_batch(options: Options, batch: int, setting: str, precision: Precision) -> Row:
+def our_batch(options: Options, batch: int, setting: str, precision: Precision, on: str) -> Row:
     """``ep_gradients``."""
     p = problem(options, batch)
     config = precision.config(**BATCHES[setting])
 
     def work() -> Parameters:
-        return ep_gradients(p.network, p.parameters, p.x, p.targets, config, backend="triton")[0]
+        return ep_gradients(p.network, p.parameters, p.x, p.targets, config, backend=backend_of(on))[0]
 
     expected = true_batch(options, batch, setting)
-    error = check(_gradient_error(work(), expected), precision.gradient_error)
     memory = peak_memory(lambda: [work() for _ in range(3)], fresh=_forget)
-    times = called(f"ours {precision.name}", work, rounds=8 if options.quick else 15)
+    error = check(_gradient_error(work(), expected), precision.gradient_error)
+    times = called(f"ours {precision.name}, {on}", work, rounds=8 if options.quick else 15)
     found = speed(options, batch_flops(p.network, config, batch), times.median, precision.rate)
-    return {"batch": batch, "setting": setting, "variant": times.name, **times.row(), **found,
+    return {"batch": batch, "setting": setting, "variant": times.name, "backend": on, **times.row(), **found,
             "error": error, "memory": memory}  # fmt: skip
 
 
@@ -173,19 +187,19 @@ def autograd_batch(options: Options, batch: int) -> Row:
     return {"batch": batch, "variant": times.name, **times.row(), "error": error, "memory": memory}
 
 
-def long_memory(options: Options, batch: int, bptt: bool) -> Row:
-    """Peak memory of gradients through, or after, 60 sweeps in float32."""
+def long_memory(options: Options, batch: int, on: str | None) -> Row:
+    """Peak memory of gradients after 60 sweeps on a backend, or (None) through them, in float32."""
     from ep_train.bptt import bptt_gradients
 
     p = problem(options, batch)
     config = RelaxConfig(free_steps=60, nudged_steps=1, estimator="tangent", operands="tf32")
 
-    def ours() -> object:
-        return ep_gradients(p.network, p.parameters, p.x, p.targets, config, backend="triton")
+    def work() -> object:
+        if on is None:
+            return bptt_gradients(p.network, p.parameters, p.x, p.targets, config, steps=60)
+        return ep_gradients(p.network, p.parameters, p.x, p.targets, config, backend=backend_of(on))
 
-    def theirs() -> object:
-        return bptt_gradients(p.network, p.parameters, p.x, p.targets, config, steps=60)
-
-    memory = peak_memory(theirs if bptt else ours, fresh=_forget)
-    times = called("BPTT" if bptt else "ours tf32", theirs if bptt else ours, rounds=3, warmup=1)
-    return {"batch": batch, "setting": "60 sweeps", "variant": times.name, **times.row(), "memory": memory}
+    memory = peak_memory(work, fresh=_forget)
+    times = called("BPTT" if on is None else f"ours tf32, {on}", work, rounds=3, warmup=1)
+    found = {} if on is None else {"backend": on}
+    return {"batch": batch, "setting": "60 sweeps", "variant": times.name, **found, **times.row(), "memory": memory}

@@ -14,7 +14,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.problem import BACKENDS
 from benchmarks.gpu.rows import append
+from ep_kernels import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
@@ -97,29 +99,39 @@ def outcomes(text: str) -> Row:
     return {"counts": {k.lower(): v for k, v in sorted(counts.items())}, "failures": failures}
 
 
-def sanitizer_command(tool: str) -> list[str]:
-    """The tests named ``small``, one process, one call each."""
+def sanitizer_runs() -> list[tuple[str, str]]:
+    """Tools and backends, the most important first."""
+    return [(tool, name) for tool in ("memcheck", "racecheck", "synccheck") for name in BACKENDS]
+
+
+def sanitizer_command(tool: str, backend: str) -> list[str]:
+    """The tests named ``small`` of a backend, one process, one call each."""
     return [
         "compute-sanitizer", "--tool", tool, "--error-exitcode", str(SANITIZER_ERRORS), "--print-limit", "20",
         "--target-processes", "all",
-        sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-k", "small", "-v", "--tb=short", "-W", "default",
-        "-p", "no:cacheprovider",
+        sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-k", f"small and {backend}", "-v", "--tb=short",
+        "-W", "default", "-p", "no:cacheprovider",
     ]  # fmt: skip
 
 
 def run_sanitizer(out: Path, seconds: float) -> None:
-    """A row for each tool."""
+    """A row for each tool and backend."""
     deadline = time.time() + seconds
-    for number, tool in enumerate(("memcheck", "racecheck")):
-        row: Row = {"section": "sanitizer", "key": f"compute-sanitizer --tool {tool}"}
+    runs = sanitizer_runs()
+    for number, (tool, name) in enumerate(runs):
+        row: Row = {"section": "sanitizer", "key": f"compute-sanitizer --tool {tool}, {name}"}
         append(out / "rows.jsonl", {**row, "status": "started"})
         if shutil.which("compute-sanitizer") is None:
             append(out / "rows.jsonl", {**row, "status": "skipped", "reason": "compute-sanitizer is not on the PATH"})
             continue
-        log = out / f"{tool}.log"
-        share = (deadline - time.time()) / (2 - number)
+        reason = backends.why_not(name)
+        if reason is not None:
+            append(out / "rows.jsonl", {**row, "status": "skipped", "reason": f"backend {name} cannot run: {reason}"})
+            continue
+        log = out / f"{tool}-{name}.log"
+        share = (deadline - time.time()) / (len(runs) - number)
         extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        code, took = run(sanitizer_command(tool), log, share, extra)
+        code, took = run(sanitizer_command(tool, name), log, share, extra)
         text = log.read_text(errors="replace")
         summary = [line for line in text.splitlines() if "SUMMARY" in line]
         row |= {"took": took, **outcomes(text), "tail": text[-1500:], "summary": summary[-3:]}

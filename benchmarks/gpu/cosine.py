@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from benchmarks.gpu.problem import PRECISIONS, Options, Problem, network_of, problem_of
+from benchmarks.gpu.problem import PRECISIONS, Options, Problem, backend_of, contenders, network_of, problem_of
 from benchmarks.gpu.rows import Job, Row
 from ep_kernels import Parameters, RelaxConfig, ep_gradients
 from ep_train.check import compare, smallest_cosine, true_gradients
@@ -41,26 +42,32 @@ def cases(options: Options) -> list[Case]:
 
 def jobs(options: Options) -> list[Job]:
     """Every case in float64 by the reference (what the settings alone lose), then in every precision."""
+    ours = [(precision, on) for precision in PRECISIONS for on in contenders(options)]
     return [
-        Job(f"{case.name}/{precision}", lambda c=case, p=precision: cosines(options, c, p))  # type: ignore[misc]
+        Job(f"{case.name}/{_variant(precision, on)}", partial(cosines, options, case, precision, on))
         for case in cases(options)
-        for precision in ("float64 reference", *PRECISIONS)
+        for precision, on in (("float64", "reference"), *ours)
     ]
 
 
-def _run(problem: Problem, case: Case, precision: str) -> tuple[Parameters, Any]:
-    if precision == "float64 reference":
-        problem, backend = problem.double(), "reference"
+def _variant(precision: str, on: str) -> str:
+    return "float64 reference" if on == "reference" else f"{precision}, {on}"
+
+
+def _run(problem: Problem, case: Case, precision: str, on: str) -> tuple[Parameters, Any]:
+    backend = backend_of(on)
+    if on == "reference":
+        problem = problem.double()
         config = RelaxConfig(**case.settings)
     else:
-        backend, config = "triton", PRECISIONS[precision].config(**case.settings)
+        config = PRECISIONS[precision].config(**case.settings)
     return ep_gradients(problem.network, problem.parameters, problem.x, problem.targets, config, backend=backend)
 
 
-def cosines(options: Options, case: Case, precision: str) -> Row:
+def cosines(options: Options, case: Case, precision: str, on: str) -> Row:
     """The true gradient is that of the equilibrium which this very free phase approaches."""
     problem = problem_of(network_of(case.model, case.size, case.gain), case.batch, options.device)
-    gradients, equilibrium = _run(problem, case, precision)
+    gradients, equilibrium = _run(problem, case, precision, on)
     exact = problem.double()
     states = [exact.x, *(s.double() for s in equilibrium.states[1:])]
     true, settled = true_gradients(problem.network, exact.parameters, states, exact.targets, steps=SETTLE)
@@ -68,6 +75,8 @@ def cosines(options: Options, case: Case, precision: str) -> Row:
     return {
         "case": case.name,
         "precision": precision,
+        "backend": on,
+        "variant": _variant(precision, on),
         "batch": case.batch,
         "smallest": smallest_cosine(rows),
         "cosines": {row.name: row.cosine for row in rows},
@@ -78,7 +87,12 @@ def cosines(options: Options, case: Case, precision: str) -> Row:
 
 
 def compiled(options: Options, precision: str) -> Row:
-    """Run every case once, so that its kernels are in Triton's cache."""
+    """Run every case once with Triton, so that its kernels are in its cache."""
     for case in cases(options):
-        _run(problem_of(network_of(case.model, case.size, case.gain), case.batch, options.device), case, precision)
+        _run(
+            problem_of(network_of(case.model, case.size, case.gain), case.batch, options.device),
+            case,
+            precision,
+            "triton",
+        )
     return {}

@@ -1,8 +1,10 @@
-"""One full free update of every node of the network: our launches against PyTorch's convolutions.
+"""One full free update of every node of the network: our launches and our ops against PyTorch's convolutions.
 
-Ours are the launches of a steady sweep (a pooled drive, then the step), bound to buffers that hold the states of a
-relaxation under way; PyTorch's are ``layer_update`` of baselines on the same states. Both are captured in a CUDA
-graph that goes through several input sets where one would stay in the L2 cache.
+All start from the states of a relaxation under way, as the reference left them, and are captured in a CUDA graph that
+goes through several input sets where one would stay in the L2 cache. *Launches* are what a relaxation of the backend
+triton runs in a steady sweep (a pooled drive, then the step), bound to its own buffers. *Ops* are ``functional.drive``
+and ``functional.relax_step`` of a backend on tensors in channels_last memory, the copies into and out of its layout
+included; PyTorch's are ``layer_update`` of baselines on the same tensors.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from benchmarks.gpu.problem import (
     Options,
     Precision,
     Problem,
+    backend_of,
+    contenders,
     layer_flops,
     network_of,
     problem_of,
@@ -32,11 +36,13 @@ from benchmarks.gpu.problem import (
 from benchmarks.gpu.rates import speed
 from benchmarks.gpu.rows import Job, Row, Wrong
 from benchmarks.gpu.timing import replayed, sets_beyond_cache
-from ep_kernels import Network, RelaxConfig, backends, free_phase, reference
+from ep_kernels import Network, RelaxConfig, backends, free_phase, functional, reference
+from ep_kernels.functional import Neighbour
 from ep_kernels.relaxation import Relaxation
 
 SWEEPS = 3  # before the launches of the last of them are timed
 OURS = ("fp16", "fp16, fp32 states", "bf16", "tf32")
+OPS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # dtype of all tensors of an op
 COMPILE_LIMIT = 45.0  # seconds of one max-autotune
 
 
@@ -47,9 +53,17 @@ def jobs(options: Options) -> list[Job]:
     batches = sorted(options.batches, reverse=True)
     found = []
     for b in batches:
-        for name in OURS:
+        for name in OURS if "triton" in contenders(options) else ():
             found += [Job(f"{b}/{i}/ours {name}", partial(ours, options, PRECISIONS[name], b, i)) for i in nodes]
-        found += [Job(f"{b}/{i}/eager", partial(eager, options, b, i, "indices", False)) for i in nodes]
+        for on in contenders(options):
+            for name in OPS:
+                found += [
+                    Job(f"{b}/{i}/ours {name} ops, {on}", partial(our_ops, options, b, i, name, on)) for i in nodes
+                ]
+        if not options.backends:
+            found += [Job(f"{b}/{i}/eager", partial(eager, options, b, i, "indices", False)) for i in nodes]
+    if options.backends:
+        return found
     b = batches[0]
     for i in sorted(nodes, key=lambda i: -layer_flops(network, i, 1)):
         run = partial(eager, options, b, i, "windows", True)
@@ -139,38 +153,78 @@ class Programs:
     def inputs(self, node: int) -> Inputs:
         """Copies of what the first program's launches of ``node`` read."""
         made, network = self.get(0).buffers, self.problem.network
-        into, out_of = network.into[node], network.out_of[node]
-        if len(into) != 1 or len(out_of) > 1:
-            raise ValueError(f"node {node}: expected a chain, got {len(into)} connections in and {len(out_of)} out")
-        c = into[0]
-        conn = network.connections[c]
-        weights = [w.double() for w in self.problem.parameters.weights]
-        bias = self.problem.parameters.biases[node]
-        assert bias is not None
 
         def state(i: int) -> Tensor:
             return _tensor(made.state(i, 0), network.shapes[i]).double()
 
-        first = conn.src == 0
-        above = out_of[0] if out_of else None
-        pooled_above = above is not None and network.connections[above].pool == "max"
-        return Inputs(
-            state(node),
-            bias.double(),
-            None if first else state(conn.src),
-            None if first else weights[c],
-            _tensor(made.drive(c), network.shapes[node]).double() if first else None,
-            None if above is None else state(network.connections[above].dst),
-            None if above is None else weights[above],
-            _tensor(made.winners(above), network.shapes[network.connections[above].dst]) if pooled_above else None,  # type: ignore[arg-type]
-            conn.pool == "max",
-            pooled_above,
-            self.config.free_damping(network.feedback_gain),
-            network.feedback_gain,
-        )
+        def winners(c: int) -> Tensor | None:
+            return _tensor(made.winners(c), network.shapes[network.connections[c].dst])
+
+        def finished(c: int) -> Tensor:
+            return _tensor(made.drive(c), network.shapes[node]).double()
+
+        return inputs_of(self.problem, node, state, winners, finished)
 
     def state(self, node: int) -> Tensor:
         return _tensor(self.get(0).buffers.state(node, 0), self.problem.network.shapes[node])
+
+
+def inputs_of(
+    problem: Problem,
+    node: int,
+    state: Callable[[int], Tensor],
+    winners: Callable[[int], Tensor | None],
+    finished: Callable[[int], Tensor],
+) -> Inputs:
+    """What an update reads, of states by node, and winners and finished drives by connection."""
+    network = problem.network
+    into, out_of = network.into[node], network.out_of[node]
+    if len(into) != 1 or len(out_of) > 1:
+        raise ValueError(f"node {node}: expected a chain, got {len(into)} connections in and {len(out_of)} out")
+    c = into[0]
+    conn = network.connections[c]
+    weights = [w.double() for w in problem.parameters.weights]
+    bias = problem.parameters.biases[node]
+    assert bias is not None
+    first = conn.src == 0
+    above = out_of[0] if out_of else None
+    pooled_above = above is not None and network.connections[above].pool == "max"
+    return Inputs(
+        state(node),
+        bias.double(),
+        None if first else state(conn.src),
+        None if first else weights[c],
+        finished(c) if first else None,
+        None if above is None else state(network.connections[above].dst),
+        None if above is None else weights[above],
+        winners(above) if above is not None and pooled_above else None,
+        conn.pool == "max",
+        pooled_above,
+        RelaxConfig().free_damping(network.feedback_gain),
+        network.feedback_gain,
+    )
+
+
+@lru_cache(maxsize=2)
+def settled(model: str, size: int, batch: int, device: str) -> list[Tensor]:
+    """States by node after SWEEPS sweeps of the reference in float32, rounded to float16."""
+    p = _problem(model, size, batch, device)
+    states = free_phase(p.network, p.parameters, p.x, RelaxConfig(free_steps=SWEEPS), backend="reference").states
+    return [s.half() for s in states]
+
+
+def settled_inputs(options: Options, batch: int, node: int) -> tuple[Network, Inputs]:
+    """The network, and what the update of a node reads in those states."""
+    states = settled(options.model, options.size, batch, options.device)
+    p = _problem(options.model, options.size, batch, options.device)
+
+    def drive(c: int) -> tuple[Tensor, Tensor | None]:
+        conn = p.network.connections[c]
+        source, weight = states[conn.src].double(), p.parameters.weights[c].double()
+        return reference.drive(source, weight, conn.stride, conn.padding, conn.pool)
+
+    at = inputs_of(p, node, lambda i: states[i].double(), lambda c: drive(c)[1], lambda c: drive(c)[0])
+    return p.network, at
 
 
 def _tensor(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -221,7 +275,8 @@ def ours(options: Options, precision: Precision, batch: int, node: int) -> Row:
     return {
         **_row(options, network, node, batch, times.median, precision.rate),
         **times.row(),
-        "variant": f"ours {precision.name}",
+        "variant": f"ours {precision.name}, launches of triton",
+        "backend": "triton",
         "error": error,
         "sets": count,
         "tiles": tiles,
@@ -251,10 +306,59 @@ def _bytes(calls: list[Any]) -> int:
     return sum(sizes.values())
 
 
+def our_ops(options: Options, batch: int, node: int, name: str, on: str) -> Row:
+    """``functional.drive`` where the connection pools, then ``functional.relax_step``."""
+    network, at = settled_inputs(options, batch, node)
+    precision = PRECISIONS[name]
+    single = _cast(at, OPS[name], "windows", network, node)
+    count = sets_beyond_cache(sum(t.numel() * t.element_size() for t in single if t is not None))
+    copies = [tuple(None if t is None else t.clone() for t in single) for _ in range(count)]
+    conn = network.connections[network.into[node][0]]
+    up = network.connections[network.out_of[node][0]] if network.out_of[node] else None
+
+    def update(
+        state: Tensor,
+        bias: Tensor,
+        below: Tensor | None,
+        weight: Tensor | None,
+        finished: Tensor | None,
+        above: Tensor | None,
+        weight_above: Tensor | None,
+        winners: Tensor | None,
+    ) -> Tensor:
+        drives, sources, tops = [] if finished is None else [finished], [], []
+        if below is not None and weight is not None:
+            if at.pooled:
+                drives.append(functional.drive(below, weight, conn.stride, conn.padding, conn.pool)[0])
+            else:
+                sources.append(Neighbour(below, weight, conn.stride, conn.padding, conn.pool))
+        if above is not None and weight_above is not None and up is not None:
+            tops.append(Neighbour(above, weight_above, up.stride, up.padding, up.pool, winners, at.gain))
+        lo, hi, slope = network.lo, network.hi, network.slope
+        return functional.relax_step(
+            state, bias, drives=drives, below=sources, above=tops, damping=at.damping, slope=slope, lo=lo, hi=hi
+        )[0]
+
+    with torch.no_grad(), backends.backend(backend_of(on)):
+        error = relative_error(update(*copies[0]), truth(network, node, at))  # type: ignore[arg-type]
+        if not error <= precision.error:
+            raise Wrong(f"relative error {error:.1e}, expected at most {precision.error:.0e}")
+        works = [lambda tensors=tensors: update(*tensors) for tensors in copies]  # type: ignore[misc]
+        label = f"ours {name} ops, {on}"
+        times = replayed(f"node {node}, {label}", works, rounds=10 if options.quick else 25)
+    return {
+        **_row(options, network, node, batch, times.median, precision.rate),
+        **times.row(),
+        "variant": label,
+        "backend": on,
+        "error": error,
+        "sets": count,
+    }
+
+
 def eager(options: Options, batch: int, node: int, pooling: Pooling, compiled: bool) -> Row:
-    """PyTorch's calls in float16 on the states of our float16 relaxation."""
-    sets = programs(options.model, options.size, batch, options.device, "fp16")
-    network, at = sets.problem.network, sets.inputs(node)
+    """PyTorch's calls in float16."""
+    network, at = settled_inputs(options, batch, node)
     expected = truth(network, node, at)
     dtype = torch.float16 if options.device == "cuda" else torch.float32
     single = _cast(at, dtype, pooling, network, node)

@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ep_kernels import Network, Parameters, RelaxConfig, targets_for
+from ep_kernels import Network, Parameters, RelaxConfig, _library, backends, targets_for
 from ep_kernels.plan import Drive, Launch, Nudge, compile_plan
 from ep_kernels.precision import Operands
 
 SECTIONS = ("tests", "sanitizer", "rates", "layers", "relaxation", "batch", "cosine")
+BACKENDS = ("triton", "cuda")  # ours; each is timed where it can run
+WGMMA = "cuda-wgmma"  # the backend cuda with EP_KERNELS_WGMMA=1, in processes of its own
 GAIN = 0.02  # k of everything that is timed
 CLASSES = 10
 FLOAT16_LIMIT = 2e-2  # largest relative error of a baseline's states: all of its arithmetic is float16
@@ -68,6 +70,7 @@ class Options:
     size: int = 32
     quick: bool = False
     only: str = ""  # keys that contain this
+    backends: tuple[str, ...] = ()  # ours, and nothing else; empty: all that can run, and what they are compared with
 
     def json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -75,11 +78,32 @@ class Options:
     @staticmethod
     def parse(text: str) -> Options:
         values = json.loads(text)
-        return Options(**{**values, "batches": tuple(values["batches"])})
+        return Options(**{**values, **{name: tuple(values[name]) for name in ("batches", "backends")}})
 
     @property
     def rows(self) -> Path:
         return Path(self.out) / "rows.jsonl"
+
+
+def contenders(options: Options) -> tuple[str, ...]:
+    """Labels of our backends in the rows of a section; where none can run (a dry run without a GPU) all of them."""
+    if options.backends:
+        return options.backends
+    if options.device != "cuda":
+        return ("triton",)  # in its interpreter
+    return tuple(name for name in BACKENDS if backends.why_not(name, None) is None) or BACKENDS
+
+
+def backend_of(label: str) -> str:
+    """The backend's name."""
+    return label.removesuffix("-wgmma")
+
+
+def wgmma_runs(device: str) -> bool:
+    """Whether the wgmma main loop of the backend cuda can be timed here: it is opt-in, so it gets rows of its own."""
+    if device != "cuda" or not torch.cuda.is_available() or backends.why_not("cuda", "cuda") is not None:
+        return False
+    return torch.cuda.get_device_capability() == (9, 0) and "9.0a" in _library.build_info().get("cuda_archs", ())
 
 
 @dataclass(frozen=True)

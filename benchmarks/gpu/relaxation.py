@@ -13,6 +13,8 @@ from benchmarks.gpu.problem import (
     PRECISIONS,
     Options,
     Precision,
+    backend_of,
+    contenders,
     free_flops,
     largest_error,
     sweep_flops,
@@ -32,26 +34,32 @@ def jobs(options: Options) -> list[Job]:
     batches = sorted(options.batches, reverse=True)
     found = []
     for b in batches:
-        found += [Job(f"{b}/ours {name}", partial(our_sweep, options, b, p)) for name, p in PRECISIONS.items()]
+        found += [
+            Job(f"{b}/ours {name}, {on}", partial(our_sweep, options, b, p, on))
+            for name, p in PRECISIONS.items()
+            for on in contenders(options)
+        ]
+        if options.backends:
+            continue
         found += [
             Job(f"{b}/eager in a CUDA graph", partial(plain_sweep, options, b, None)),
             Job(f"{b}/autograd step", partial(autograd_step, options, b)),
             Job(f"{b}/reference in a CUDA graph", partial(reference_sweep, options, b)),
         ]
     b = batches[0]
-    for name, mode in MODES.items():
+    for name, mode in MODES.items() if not options.backends else ():
         found.append(Job(f"{b}/{name} in a CUDA graph", partial(plain_sweep, options, b, mode), COMPILE_LIMIT))
     return found
 
 
-def our_sweep(options: Options, batch: int, precision: Precision) -> Row:
+def our_sweep(options: Options, batch: int, precision: Precision, on: str) -> Row:
     """``free_phase``: one sweep as a difference, and the whole phases of 2 and of 4 sweeps."""
     p = problem(options, batch)
-    name = f"ours {precision.name}"
+    name = f"ours {precision.name}, {on}"
 
     def phase(steps: int) -> list[Tensor]:
         config = precision.config(free_steps=steps)
-        return free_phase(p.network, p.parameters, p.x, config, backend="triton").states
+        return free_phase(p.network, p.parameters, p.x, config, backend=backend_of(on)).states
 
     error = check(largest_error(phase(4)[1:], true_states(options, batch, 4)[1:]), precision.error)
     rounds = 8 if options.quick else 15
@@ -63,7 +71,7 @@ def our_sweep(options: Options, batch: int, precision: Precision) -> Row:
         flops = free_flops(p.network, precision.config(free_steps=steps), batch)
         phases[f"T {steps}"] = {**times[steps].row(), **speed(options, flops, times[steps].median, precision.rate)}
     found = speed(options, sweep_flops(p.network, batch), sweep.median, precision.rate)
-    return {"batch": batch, "variant": name, **sweep.row(), **found, "error": error, "phases": phases}
+    return {"batch": batch, "variant": name, "backend": on, **sweep.row(), **found, "error": error, "phases": phases}
 
 
 def plain_sweep(options: Options, batch: int, mode: str | None) -> Row:

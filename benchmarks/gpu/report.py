@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.gpu.problem import PRECISIONS, SECTIONS
+from benchmarks.gpu.problem import BACKENDS, SECTIONS
 
 Row = dict[str, Any]
 MS = "ms (quantiles 0.2 to 0.8)"
 LAYER_NOTE = (
     "One free update of each node in a steady sweep: the drive from below (pooled ones in a launch of their own), "
-    "the feedback from above, and everything else. FLOPs are 2 x multiply-adds of the convolution and the transposed "
-    "one; the feedback of a pooled connection counts as the dense product that is computed (three of four operands are "
-    "zero). % is of the matmul rate of the same operands in this run."
+    "the feedback from above, and everything else. Launches are those of a relaxation, on its own buffers; ops are "
+    "functional calls on tensors, with the copies into and out of a backend's layout. FLOPs are 2 x multiply-adds of "
+    "the convolution and the transposed one; the feedback of a pooled connection counts as the dense product that is "
+    "computed (three of four operands are zero). % is of the matmul rate of the same operands in this run."
 )
 
 
@@ -154,7 +155,7 @@ def _cosine(rows: Sequence[Row]) -> list[str]:
         cells.append(["residual, free phase", *(f"{row['residual']:.0e}" for row in of_case)])
         cells.append(["residual, true state", *(f"{row['true_residual']:.0e}" for row in of_case)])
         lines += ["", f"{case}, batch {of_case[0]['batch']}:", ""]
-        lines += _table(("gradient of", *(row["precision"] for row in of_case)), cells)
+        lines += _table(("gradient of", *(row["variant"] for row in of_case)), cells)
     return lines[1:]
 
 
@@ -170,7 +171,8 @@ def targets(rows: Sequence[Row]) -> list[Row]:
         return [
             row["ms"]["0.5"]
             for row in found
-            if row["batch"] == largest and variant in row["variant"] and setting in (None, row.get("setting"))
+            if row["batch"] == largest and setting in (None, row.get("setting"))
+            if row["variant"] == variant or ("backend" not in row and variant in row["variant"])
         ]
 
     def verdict(measure: str, value: float | None, bound: float, sign: str, of: str) -> Row:
@@ -180,28 +182,32 @@ def targets(rows: Sequence[Row]) -> list[Row]:
         return {"measure": measure, "value": value, "target": target, "verdict": words[met], "of": of}
 
     out = []
-    for row in relaxation:
-        if row["batch"] == largest and row["variant"] == "ours fp16":
-            out.append(verdict("relaxation sweep, % of matmul", row["percent"], 60, ">=", f"fp16, batch {largest}"))
-            phase = row["phases"]["T 4"]["percent"]
-            out.append(verdict("free phase T 4, % of matmul", phase, 60, ">=", f"fp16, batch {largest}"))
-    step, ours = find(relaxation, "autograd step"), find(relaxation, "ours fp16")[:1]
-    out.append(verdict("autograd step / sweep", _over(step, ours), 10, ">=", "fp16"))
-    few = "T 2 + K 1, tangent"
-    for setting in (few, "T 4 + K 3, symmetric"):
-        mine = find(batch, "ours fp16", setting)[:1]
-        out.append(verdict("autograd loop / EP batch", _over(find(batch, "autograd loop"), mine), 10, ">=", setting))
-        plain = sorted([*find(batch, "eager", setting), *find(batch, "torch.compile", setting)])
-        out.append(verdict("best PyTorch batch / EP batch", _over(plain, mine), 2, ">=", setting))
-        back = sorted(find(batch, "backprop fp16"))
-        out.append(verdict("EP batch / best backprop", _over(mine, back), 3, "<=", setting))
+    ours = dict.fromkeys(row["backend"] for row in [*relaxation, *batch] if "backend" in row) or BACKENDS
     memory = {row["variant"]: row["memory"] for row in batch if row.get("setting") == "60 sweeps" and row["memory"]}
-    value = memory["ours tf32"] / memory["BPTT"] if len(memory) == 2 else None
-    out.append(verdict("peak memory / BPTT, 60 sweeps", value, 0.1, "<=", "tf32"))
-    for precision in PRECISIONS:
+    few = "T 2 + K 1, tangent"
+    for on in ours:
+        name = f"ours fp16, {on}"
+        for row in relaxation:
+            if row["batch"] == largest and row["variant"] == name:
+                of = f"fp16, batch {largest}, {on}"
+                out.append(verdict("relaxation sweep, % of matmul", row["percent"], 60, ">=", of))
+                out.append(verdict("free phase T 4, % of matmul", row["phases"]["T 4"]["percent"], 60, ">=", of))
+        step = _over(find(relaxation, "autograd step"), find(relaxation, name))
+        out.append(verdict("autograd step / sweep", step, 10, ">=", f"fp16, {on}"))
+        for setting in (few, "T 4 + K 3, symmetric"):
+            mine, of = find(batch, name, setting), f"{setting}, {on}"
+            out.append(verdict("autograd loop / EP batch", _over(find(batch, "autograd loop"), mine), 10, ">=", of))
+            plain = sorted([*find(batch, "eager", setting), *find(batch, "torch.compile", setting)])
+            out.append(verdict("best PyTorch batch / EP batch", _over(plain, mine), 2, ">=", of))
+            back = sorted(find(batch, "backprop fp16"))
+            out.append(verdict("EP batch / best backprop", _over(mine, back), 3, "<=", of))
+        own, bptt = memory.get(f"ours tf32, {on}"), memory.get("BPTT")
+        value = own / bptt if own and bptt else None
+        out.append(verdict("peak memory / BPTT, 60 sweeps", value, 0.1, "<=", f"tf32, {on}"))
+    for variant in dict.fromkeys(row["variant"] for row in cosine if row["backend"] in BACKENDS):
         for case in dict.fromkeys(row["case"] for row in cosine):
-            found = [row["smallest"] for row in cosine if row["case"] == case and row["precision"] == precision]
-            out.append(verdict(f"smallest cosine, {precision}", min(found, default=None), 0.99, ">=", case))
+            found = [row["smallest"] for row in cosine if row["case"] == case and row["variant"] == variant]
+            out.append(verdict(f"smallest cosine, {variant}", min(found, default=None), 0.99, ">=", case))
     return out
 
 

@@ -26,13 +26,15 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import commands, report
-from benchmarks.gpu.problem import SECTIONS, Options
+from benchmarks.gpu.problem import SECTIONS, WGMMA, Options, wgmma_runs
 from benchmarks.gpu.rows import BROKEN, Job, close_started, read
 from benchmarks.machine import cpu_name, revision
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARES = {"tests": 120, "sanitizer": 50, "rates": 15, "layers": 115, "relaxation": 65, "batch": 75, "cosine": 40}
+SHARES = {"tests": 120, "sanitizer": 90, "rates": 15, "layers": 115, "relaxation": 65, "batch": 75, "cosine": 40}
 WARM_LIMIT = 170.0  # seconds that compiling in the background may take before the first figures
+WGMMA_SECTIONS = ("layers", "relaxation", "batch")
+WGMMA_SHARE = 0.15  # of their time
 GRACE = 5.0  # seconds after a section's deadline, then its process is stopped
 
 
@@ -111,7 +113,7 @@ def dry_run(args: argparse.Namespace) -> str:
         if section == "tests":
             lines.append("  " + " ".join(commands.tests_command(commands.workers())))
         elif section == "sanitizer":
-            lines += ["  " + " ".join(commands.sanitizer_command(tool)) for tool in ("memcheck", "racecheck")]
+            lines += ["  " + " ".join(commands.sanitizer_command(*run)) for run in commands.sanitizer_runs()]
         else:
             jobs = jobs_of(options_of(args, section, Path(), 0.0))
             lines += [f"  {job.key}" for job in jobs if args.only in job.key]
@@ -154,21 +156,27 @@ class Run:
             elif section == "sanitizer":
                 commands.run_sanitizer(self.out, seconds)
             else:
-                self.in_process(section, seconds)
+                wgmma = section in WGMMA_SECTIONS and wgmma_runs(self.args.device)
+                self.in_process(section, (1 - WGMMA_SHARE) * seconds if wgmma else seconds)
+                if wgmma:
+                    self.in_process(section, WGMMA_SHARE * seconds, wgmma=True)
         except Exception as error:  # whatever it is, the other sections go on
             self.notes[section] = f"{type(error).__name__}: {error}"
         print(f"{section}: {time.time() - began:.0f} s of {seconds:.0f} s", flush=True)
 
-    def in_process(self, section: str, seconds: float) -> None:
-        """Run a section's jobs in a child, again after one that broke it."""
+    def in_process(self, section: str, seconds: float, *, wgmma: bool = False) -> None:
+        """Run a section's jobs in a child, again after one that broke it; with ``wgmma`` the rows that need it."""
         deadline = time.time() + seconds
         options = options_of(self.args, section, self.out, deadline)
+        if wgmma:
+            options = replace(options, backends=(WGMMA,))
+        extra = {"EP_KERNELS_WGMMA": "1"} if wgmma else None
         command = [sys.executable, "-m", "benchmarks.gpu.section", options.json()]
         for _ in range(6):
             left = deadline - time.time()
             if left < 3:
                 break
-            code, _ = commands.run(command, self.out / "log.txt", left + GRACE)
+            code, _ = commands.run(command, self.out / "log.txt", left + GRACE, extra)
             if code is None:
                 close_started(options.rows, section, "stopped: the section's time was over")
             elif code != 0:
@@ -249,6 +257,7 @@ class Run:
 def environment(device: str, command: str) -> dict[str, str]:
     """Where this was measured."""
     import ep_kernels
+    from ep_kernels import _library, backends
 
     found = {
         "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -257,6 +266,7 @@ def environment(device: str, command: str) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version(),
+        "cuda": backends.status()["cuda"] or str(_library.build_info().get("summary", "yes")),
         "CUDA": str(torch.version.cuda),
         "cuDNN": str(torch.backends.cudnn.version()),
         "CPU": f"{cpu_name()}, {os.cpu_count()} cores",

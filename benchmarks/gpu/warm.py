@@ -5,13 +5,15 @@ from __future__ import annotations
 from functools import partial
 
 from benchmarks.gpu import cosine
-from benchmarks.gpu.problem import BATCHES, PRECISIONS, Options, network_of, problem_of
+from benchmarks.gpu.problem import BATCHES, PRECISIONS, Options, contenders, network_of, problem_of
 from benchmarks.gpu.rows import Job, Row
 from ep_kernels import ep_gradients, free_phase
 
 
 def jobs(options: Options) -> list[Job]:
     """The most important first."""
+    if "triton" not in contenders(options):
+        return []  # the others are compiled
     found = []
     for precision in PRECISIONS:
         for batch in sorted(options.batches, reverse=True):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..graphs import copy_all
 from ..network import Shape
 from ..plan import Drive
 from ..relaxation import Relaxation
@@ -42,7 +43,7 @@ class Buffers:
     def load(self, r: Relaxation) -> None:
         """Copy the tensors of a relaxation into the buffers that exist so far; later ones are filled when made."""
         self.inputs = r
-        layout.copy_all([loader(r) for loader in self.loaders])
+        copy_all([loader(r) for loader in self.loaders])
 
     def release(self) -> None:
         """Forget the relaxation's own tensors."""
@@ -66,7 +67,7 @@ class Buffers:
             tensor = self.tensors[key] = make()
             self.loaders.append(lambda r: views(tensor, r))
             assert self.inputs is not None
-            layout.copy_all([views(tensor, self.inputs)])
+            copy_all([views(tensor, self.inputs)])
         return self.tensors[key]
 
     def shelf(self, name: str, i: int, shapes: Mapping[int, Shape], dtype: torch.dtype) -> Tensor:

@@ -113,20 +113,6 @@ def feedback_views(out: Tensor, weight: Tensor, source: Sequence[int]) -> Pair:
     return view[: w.shape[1], :, :, : w.shape[0]], w.permute(1, 2, 3, 0)
 
 
-def copy_all(pairs: Sequence[Pair]) -> None:
-    """Copy the second of each pair into the first: those of the same layout in one launch for each pair of dtypes."""
-    alike: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for to, values in pairs:
-        if to.stride() == values.stride():
-            group = alike.setdefault((to.dtype, values.dtype), ([], []))
-            group[0].append(to)
-            group[1].append(values)
-        else:
-            to.copy_(values)
-    for destinations, sources in alike.values():
-        torch._foreach_copy_(destinations, sources)
-
-
 def _as_convolution(weight: Tensor, source: Sequence[int]) -> Tensor:
     """[C_dst, C_src, kh, kw]; a linear connection's kernel covers its whole source."""
     if weight.dim() == 4:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from .. import reference, relax_op
+from ..graphs import context
 from ..network import POOLS
 from ..plan import FORMS
 from ..precision import OPERANDS
 from . import layout
 from .arch import Arch, arch_of
-from .graphs import context
 from .launch import (
     MAX,
     Addend,

@@ -8,10 +8,10 @@ from functools import lru_cache, partial
 
 import torch
 
+from ..graphs import Graphs, Kept, Turn, capturing, context
 from ..plan import Plan, Step
 from ..relaxation import Relaxation, Relaxed, relax_reference
 from . import arch
-from .graphs import Graphs, Kept, Turn, capturing, context
 from .lower import Launches, Lowered
 from .program import Program
 

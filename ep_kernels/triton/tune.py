@@ -10,11 +10,6 @@ device, version or format counts as empty; so does an entry that is no tile of t
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
-import os
-import re
-import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -23,13 +18,11 @@ from typing import Any
 import torch
 import triton
 
+from .. import cache
 from .arch import INTERPRETER, Arch
 from .tiling import Problem, Tile, candidates
 
-log = logging.getLogger("ep_kernels")
-
 FORMAT = 1
-ENVIRONMENT = "EP_KERNELS_CACHE"
 
 
 def tuned(problem: Problem, arch: Arch) -> Tile | None:
@@ -53,7 +46,7 @@ def store(winners: Mapping[Problem, tuple[Tile, float]], device: str, arch: Arch
 
     Args:
         device: the name that torch gives it.
-        folder: None is the user's (:func:`cache_folder`).
+        folder: None is the user's (:func:`ep_kernels.cache.cache_folder`).
 
     Returns: the file.
 
@@ -64,34 +57,15 @@ def store(winners: Mapping[Problem, tuple[Tile, float]], device: str, arch: Arch
     tiles = _read(path, device, arch.name)
     for problem, (tile, seconds) in winners.items():
         tiles[key(problem)] = {"tile": list(dataclasses.astuple(tile)), "microseconds": round(1e6 * seconds, 3)}
-    content = {**_identity(device, arch.name), "tiles": dict(sorted(tiles.items()))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    cache.write(path, "tiles", _identity(device, arch.name), tiles)
     forget()
     return path
 
 
-def cache_folder() -> Path:
-    """``$EP_KERNELS_CACHE``, else ``$XDG_CACHE_HOME/ep-kernels``, else ``~/.cache/ep-kernels``."""
-    own = os.environ.get(ENVIRONMENT)
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "ep-kernels"
-
-
 def cache_file(device: str, folder: Path | None = None) -> Path:
     """Where the tiles of a device are kept for the triton that is imported."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return (cache_folder() if folder is None else folder) / f"tiles-{slug}-triton-{triton.__version__}.json"
+    name = f"tiles-{cache.slug(device)}-triton-{triton.__version__}.json"
+    return (cache.cache_folder() if folder is None else folder) / name
 
 
 def key(problem: Problem) -> str:
@@ -120,25 +94,9 @@ def _winners(device: str, arch: str) -> dict[str, Tile]:
 
 
 def _read(path: Path, device: str, arch: str) -> dict[str, Any]:
-    """Valid entries of a file by key; a file that cannot be used is empty, with a warning."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        log.warning("tuned tiles are not used: %s cannot be read (%s); run ep-kernels tune again", path, error)
-        return {}
-    expected = _identity(device, arch)
-    if not isinstance(content, dict) or not isinstance(content.get("tiles"), dict):
-        log.warning("tuned tiles are not used: %s does not hold any; run ep-kernels tune again", path)
-        return {}
-    wrong = [
-        f"{name} {value!r}, got {content.get(name)!r}" for name, value in expected.items() if content.get(name) != value
-    ]
-    if wrong:
-        log.warning("tuned tiles are not used: %s: expected %s; run ep-kernels tune again", path, "; ".join(wrong))
-        return {}
-    return {name: entry for name, entry in content["tiles"].items() if _is_entry(entry)}
+    """Valid entries of a file by key."""
+    entries = cache.read(path, "tiles", _identity(device, arch), "tuned tiles")
+    return {name: entry for name, entry in entries.items() if _is_entry(entry)}
 
 
 def _is_entry(entry: object) -> bool:

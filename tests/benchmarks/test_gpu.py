@@ -18,10 +18,20 @@ from benchmarks.gpu import rows as row_files
 from benchmarks.gpu import run as gpu
 from benchmarks.gpu.baselines import POOLINGS, PlainEP, layer_update
 from benchmarks.gpu.layers import flat_indices
-from benchmarks.gpu.problem import BATCHES, SECTIONS, Options, largest_error, network_of, problem_of, sweep_flops
+from benchmarks.gpu.problem import (
+    BACKENDS,
+    BATCHES,
+    SECTIONS,
+    WGMMA,
+    Options,
+    largest_error,
+    network_of,
+    problem_of,
+    sweep_flops,
+)
 from benchmarks.gpu.rows import Job, Wrong, append, close_started, read, run_jobs
 from benchmarks.gpu.section import JOBS, jobs_of
-from ep_kernels import RelaxConfig, ep_gradients, free_phase, reference
+from ep_kernels import RelaxConfig, backends, ep_gradients, free_phase, reference
 
 NETS = {"4-6p-5": (12, 0.1), "4p-6p-5": (12, 0.02), "3p-4-5-6p": (13, 0.3)}  # size, k
 
@@ -78,7 +88,11 @@ def test_dry_run_lists_every_section(capsys):
     printed = capsys.readouterr().out
     for name in SECTIONS:
         assert f"\n{name} (" in printed
-    for key in ("matmul fp16", "32/8/ours fp16", "32/3/max-autotune", "32/T 2 + K 1, tangent/ours bf16", "racecheck"):
+    for key in (
+        *("matmul fp16", "32/8/ours fp16", "32/8/ours fp16 ops, cuda", "32/3/max-autotune"),
+        *("32/T 2 + K 1, tangent/ours bf16, triton", "32/T 2 + K 1, tangent/ours bf16, cuda", "32/ours fp16, cuda"),
+        *("synccheck", "-k small and cuda", "-k small and triton", "T 2 + K 1/fp16, cuda"),
+    ):
         assert key in printed
 
 
@@ -110,6 +124,8 @@ def options(tmp_path: Path, **changes) -> Options:
 
 def test_options_survive_the_command_line(tmp_path):
     given = options(tmp_path)
+    assert Options.parse(given.json()) == given
+    given = replace(given, backends=("cuda",))
     assert Options.parse(given.json()) == given
 
 
@@ -202,19 +218,75 @@ def test_targets_judge_the_largest_batch():
 
     few = "T 2 + K 1, tangent"
     rows = [
-        row("relaxation", 128, "ours fp16", 9.0, percent=10.0, phases={"T 4": {"percent": 5.0}}),
-        row("relaxation", 256, "ours fp16", 2.0, percent=61.0, phases={"T 4": {"percent": 55.0}}),
+        row("relaxation", 128, "ours fp16, cuda", 9.0, backend="cuda", percent=10.0, phases={"T 4": {"percent": 5.0}}),
+        row("relaxation", 256, "ours fp16, cuda", 2.0, backend="cuda", percent=61.0, phases={"T 4": {"percent": 55.0}}),
+        row(
+            "relaxation",
+            256,
+            "ours fp16, triton",
+            3.0,
+            backend="triton",
+            percent=41.0,
+            phases={"T 4": {"percent": 65.0}},
+        ),
         row("relaxation", 256, "autograd step", 30.0),
-        row("batch", 256, "ours fp16", 1.0, setting=few),
+        row("batch", 256, "ours fp16, cuda-wgmma", 0.5, setting=few, backend="cuda-wgmma"),
+        row("batch", 256, "ours fp16, cuda", 1.0, setting=few, backend="cuda"),
         row("batch", 256, "eager in a CUDA graph", 3.0, setting=few),
         row("batch", 256, "torch.compile(default) in a CUDA graph", 1.5, setting=few),
     ]
     found = {(t["measure"], t["of"]): t for t in report.targets(rows)}
-    assert found["relaxation sweep, % of matmul", "fp16, batch 256"]["verdict"] == "met"
-    assert found["free phase T 4, % of matmul", "fp16, batch 256"]["verdict"] == "MISSED"
-    assert found["autograd step / sweep", "fp16"]["value"] == 15
-    assert found["best PyTorch batch / EP batch", few]["value"] == 1.5
-    assert found["EP batch / best backprop", few]["verdict"] == "not measured"
+    assert found["relaxation sweep, % of matmul", "fp16, batch 256, cuda"]["verdict"] == "met"
+    assert found["free phase T 4, % of matmul", "fp16, batch 256, cuda"]["verdict"] == "MISSED"
+    assert found["relaxation sweep, % of matmul", "fp16, batch 256, triton"]["verdict"] == "MISSED"
+    assert found["autograd step / sweep", "fp16, cuda"]["value"] == 15
+    assert found["autograd step / sweep", "fp16, triton"]["value"] == 10
+    assert found["best PyTorch batch / EP batch", f"{few}, cuda"]["value"] == 1.5
+    assert found["best PyTorch batch / EP batch", f"{few}, cuda-wgmma"]["value"] == 3
+    assert found["EP batch / best backprop", f"{few}, cuda"]["verdict"] == "not measured"
+
+
+def test_each_backend_where_it_can_run(tmp_path, monkeypatch):
+    def keys(section, **changes):
+        return [job.key for job in jobs_of(options(tmp_path, section=section, **{"device": "cuda", **changes}))]
+
+    for able in (("triton",), ("cuda",), ("triton", "cuda")):
+        monkeypatch.setattr(backends, "why_not", lambda name, *_, able=able: None if name in able else "no")
+        for section in ("layers", "relaxation", "batch", "cosine"):
+            found = keys(section)
+            for name in BACKENDS:
+                assert any(key.endswith(f", {name}") for key in found) == (name in able)
+            assert any("ours" not in key for key in found)
+        assert bool(keys("warm")) == ("triton" in able)
+    for section in ("layers", "relaxation", "batch"):
+        found = keys(section, backends=(WGMMA,))
+        assert found
+        assert all(key.endswith(", cuda-wgmma") for key in found)
+    monkeypatch.setattr(backends, "why_not", lambda *_: "no")
+    assert any(key.endswith(", cuda") for key in keys("relaxation"))  # a dry run
+    assert not any("cuda" in key for key in keys("relaxation", device="cpu"))
+
+
+def test_the_sanitizer_runs_over_both_backends(tmp_path, monkeypatch):
+    ran = []
+
+    def run(command, log, seconds, extra):
+        ran.append((command[command.index("--tool") + 1], command[command.index("-k") + 1]))
+        log.write_text("========= ERROR SUMMARY: 0 errors\n")
+        return 0, 1.0
+
+    monkeypatch.setattr(commands.shutil, "which", lambda _: "/bin/compute-sanitizer")
+    monkeypatch.setattr(commands, "run", run)
+    monkeypatch.setattr(backends, "why_not", lambda name, *_: None)
+    commands.run_sanitizer(tmp_path, 60)
+    tools = ("memcheck", "racecheck", "synccheck")
+    assert ran == [(tool, f"small and {name}") for tool in tools for name in ("triton", "cuda")]
+    assert [row["status"] for row in read(tmp_path / "rows.jsonl")] == ["passed"] * 6
+    monkeypatch.setattr(backends, "why_not", lambda name, *_: None if name == "cuda" else "not installed")
+    commands.run_sanitizer(tmp_path, 60)
+    rows = read(tmp_path / "rows.jsonl")
+    assert [row["status"] for row in rows] == ["skipped", "passed"] * 3
+    assert rows[0]["reason"] == "backend triton cannot run: not installed"
 
 
 @pytest.mark.slow

@@ -7,14 +7,17 @@ import importlib.util
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import ep_kernels
-from ep_kernels import BackendError, RelaxConfig, _library, backend, backends, free_phase
+from ep_kernels import BackendError, RelaxConfig, _library, backend, backends, free_phase, functional, ops, races
+from ep_kernels.relaxation import Relaxation, Relaxed
 from tests.core.nets import NETWORKS, problem
 
 
@@ -22,9 +25,16 @@ from tests.core.nets import NETWORKS, problem
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
     monkeypatch.setattr(backends, "_logged", set())
-    backends._triton_missing.cache_clear()
+    forget()
     yield
-    backends._triton_missing.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    """What is remembered of this machine."""
+    for remembered in (backends._triton_missing, backends._cuda_missing, backends._archs, backends.machine):
+        remembered.cache_clear()  # type: ignore[attr-defined]
+    races.forget()
 
 
 def triton_is(
@@ -44,7 +54,7 @@ def triton_is(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreter)))
-    backends._triton_missing.cache_clear()
+    forget()
 
 
 def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,3 +287,255 @@ def test_triton_is_imported_when_it_runs_and_not_before() -> None:
     code = "import sys; from ep_kernels import backends as b; b.choose(); b.status(); print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# --- cuda -----------------------------------------------------------------------------------------------------------
+
+
+def cuda_is(
+    monkeypatch: pytest.MonkeyPatch,
+    archs: Sequence[str] | None = ("8.0", "9.0a", "12.0+PTX"),
+    capability: tuple[int, int] | None = (9, 0),
+    *,
+    triton: str | None = None,
+    note: str | None = None,
+    hip: str | None = None,
+) -> None:
+    """Pretend that the library has kernels for these architectures (None: it is built for the CPU only)."""
+    triton_is(monkeypatch, triton, capability, hip=hip)
+    monkeypatch.setattr(ops, "has_cuda", lambda: archs is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test 9000")
+    monkeypatch.setattr(_library, "build_info", lambda: {"cuda_archs": list(archs or ()), "note": note})
+    forget()
+
+
+def test_why_cuda_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = "this build has no CUDA kernels, it is built for the CPU only"
+    worlds: list[tuple[str | None, dict[str, Any]]] = [
+        (f"{built}. Where nvcc is installed, run: EP_KERNELS_BUILD=cuda pip install", {"archs": None}),
+        (f"{built} (nvcc was not found). Where", {"archs": None, "note": "nvcc was not found"}),
+        ("no CUDA device is available", {"capability": None}),
+        ("PyTorch is built for ROCm; the kernels are for NVIDIA GPUs", {"hip": "6.4"}),
+        (None, {}),
+        (None, {"capability": (7, 5)}),  # its device is refused when tensors come from it
+    ]
+    for reason, world in worlds:
+        with monkeypatch.context() as patch:
+            cuda_is(patch, **world)
+            found = backends.status()["cuda"]
+            if reason is None:
+                assert found is None
+                continue
+            assert found is not None
+            assert found.startswith(reason)
+            with pytest.raises(BackendError) as caught:
+                backends.choose("cuda:0", torch.float32, "cuda")
+            assert str(caught.value) == f"backend 'cuda' cannot run: {found}"
+    cuda_is(monkeypatch)
+    without_library(monkeypatch)
+    assert backends.status()["cuda"] == "no library today"
+
+
+def test_this_torch_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_is(monkeypatch, capability=None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    reason = f"no CUDA device is available: torch {torch.__version__} has no CUDA"
+    assert backends.status()["cuda"] == reason
+
+
+@pytest.mark.parametrize(
+    ("archs", "runs", "does_not"),
+    [
+        (["8.0"], [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (12, 0)]),
+        (["8.6"], [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        (["9.0a"], [(9, 0)], [(8, 0), (9, 1), (10, 0)]),
+        (["10.0a+PTX"], [(10, 0)], [(10, 3), (12, 0)]),
+        (["10.0f"], [(10, 0), (10, 3)], [(9, 0), (11, 0), (12, 0)]),
+        (["8.0+PTX"], [(8, 0), (9, 0), (10, 3), (12, 1)], [(7, 5)]),
+        (["8.0", "12.0+PTX"], [(8, 9), (12, 0), (12, 1), (13, 0)], [(9, 0), (10, 0)]),
+        (["sm_90"], [], [(9, 0)]),
+    ],
+)
+def test_devices_that_a_build_covers(
+    archs: list[str], runs: list[tuple[int, int]], does_not: list[tuple[int, int]]
+) -> None:
+    assert all(backends.covered(archs, capability) for capability in runs)
+    assert not any(backends.covered(archs, capability) for capability in does_not)
+
+
+def test_a_device_that_the_build_does_not_cover(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_is(monkeypatch, ("8.0", "9.0a"), (10, 0))
+    reason = r"this build has kernels for compute capability 8\.0, 9\.0a; cuda:0 has 10\.0"
+    with pytest.raises(BackendError, match=f"^backend 'cuda' cannot run: {reason}$"):
+        backends.choose("cuda:0", name="cuda")
+    assert backends.choose("cuda:0") == "reference"
+    cuda_is(monkeypatch, ("8.0",), (7, 5))
+    with pytest.raises(BackendError, match=r"it needs compute capability 8\.0 or newer, cuda:0 has 7\.5"):
+        backends.choose("cuda:0", name="cuda")
+    cuda_is(monkeypatch, (), (10, 0))  # built by hand: nothing is known of it
+    assert backends.choose("cuda:0", name="cuda") == "cuda"
+
+
+def test_what_cuda_takes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="ep_kernels")
+    cuda_is(monkeypatch)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert backends.choose("cuda:0", dtype) == backends.choose("cuda:0", dtype, "cuda") == "cuda"
+    assert backends.choose("cuda:0", storage=torch.float16) == "cuda"
+    assert [backends.choose("cuda:0", torch.float64, "cuda") for _ in range(2)] == ["reference"] * 2
+    reason = "it computes in float32 and narrower; float64 falls back to the reference"
+    assert [r.getMessage() for r in caplog.records] == [f"backend cuda is not used: {reason}"]
+    assert backends.choose("cuda:0", torch.float64) == "reference"
+    with pytest.raises(BackendError, match=r"it computes in float32, float16 and bfloat16, these are torch\.int32"):
+        backends.choose("cuda:0", torch.int32, "cuda")
+    for on_cpu in (torch.float32, torch.float64):
+        with pytest.raises(BackendError, match="it runs on cuda tensors, these are on cpu"):
+            backends.choose("cpu", on_cpu, "cuda")
+
+
+@pytest.fixture
+def chosen_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every call takes the backend cuda, on CPU tensors; the list gets the ops that are called."""
+    called: list[str] = []
+    for name in ("relax", "contrast"):
+        run = getattr(ops, name)
+
+        def record(*args: Any, name: str = name, run: Any = run) -> Any:
+            called.append(name)
+            return run(*args)
+
+        monkeypatch.setattr(ops, name, record)
+    monkeypatch.setattr(backends, "choose", lambda *_, **__: "cuda")
+    return called
+
+
+def test_cuda_runs_the_compiled_ops(chosen_cuda: list[str]) -> None:
+    p = problem(NETWORKS["max"])
+    named = {name: t.float() for name, t in p.parameters.named().items()}
+    parameters = ep_kernels.Parameters.from_named(p.network, named)
+    ep_kernels.ep_gradients(p.network, parameters, p.x.float(), [t.float() for t in p.targets])
+    assert chosen_cuda == ["relax", "relax", *["contrast"] * len(p.network.connections)]
+
+
+def test_relaxations_of_other_dtypes_go_through_the_reference(
+    chosen_cuda: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="ep_kernels")
+    p = problem(NETWORKS["max"])
+    for _ in range(2):
+        free_phase(p.network, p.parameters, p.x)
+    assert chosen_cuda == []
+    said = "backend cuda is not used: parameters of torch.float64 go through the reference"
+    assert [r.getMessage() for r in caplog.records] == [said]
+
+
+# --- auto on a GPU --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "first", "other"),
+    [((8, 0), "cuda", "triton"), ((8, 9), "cuda", "triton"), ((9, 0), "triton", "cuda"), ((12, 0), "triton", "cuda")],
+)
+def test_auto_where_nothing_was_measured(
+    capability: tuple[int, int],
+    first: str,
+    other: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="ep_kernels")
+    cuda_is(monkeypatch, capability=capability, triton="3.9.0")
+    assert [backends.choose("cuda:0") for _ in range(2)] == [first] * 2
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert said.startswith(f"backend {other} is not used: nothing was measured (ep-kernels tune), and on compute")
+    assert f"capability {capability[0]}.{capability[1]} auto takes {first}: " in said
+    assert backends.choose("cuda:0", name=other) == other
+    assert backends.choose("cpu") == "cpu"
+
+
+def test_auto_takes_the_only_one_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_is(monkeypatch, capability=(9, 0))
+    assert backends.choose("cuda:0") == "cuda"
+    cuda_is(monkeypatch, None, (8, 0), triton="3.9.0")
+    assert backends.choose("cuda:0") == "triton"
+    cuda_is(monkeypatch, ("9.0a",), (8, 0), triton="3.9.0")
+    assert backends.choose("cuda:0") == "triton"
+
+
+def test_auto_takes_the_winner_of_a_race(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EP_KERNELS_CACHE", str(tmp_path))
+    cuda_is(monkeypatch, capability=(9, 0), triton="3.9.0")
+    machine = backends.machine(torch.device("cuda:0"))
+    assert machine == races.Machine("NVIDIA Test 9000", ep_kernels.__version__, "3.9.0")
+    races.store({"a": races.Race({"cuda": 1e-4, "triton": 2e-4}, {})}, machine)
+    races.store({"b": races.Race({"cuda": 2e-4, "triton": 1e-4}, {})}, machine)
+    keys = iter("abc")
+    assert [backends.choose("cuda:0", race=lambda: next(keys)) for _ in range(3)] == ["cuda", "triton", "triton"]
+    assert backends.choose("cuda:0", race=lambda: "a", dtype=torch.float64) == "reference"
+    assert backends.choose("cuda:0", name="triton", race=lambda: pytest.fail("a name was given")) == "triton"
+    cuda_is(monkeypatch, None, (9, 0), triton="3.9.0")  # a winner that cannot run any more
+    assert backends.choose("cuda:0", race=lambda: "a") == "triton"
+
+
+def test_what_runs_is_recorded() -> None:
+    p = problem(NETWORKS["max"])
+    with backends.recorded() as jobs:
+        ep_kernels.ep_gradients(p.network, p.parameters, p.x, p.targets, backend="cpu")
+    free, nudged, contrasts = jobs
+    assert isinstance(free, Relaxation)
+    assert isinstance(nudged, Relaxation)
+    assert isinstance(contrasts, tuple)
+    assert len(contrasts) == len(p.network.connections)
+    keys = [races.key_of(job) for job in jobs]
+    assert len(set(keys)) == 3
+    found = backends.run_job(free, "cpu")
+    assert isinstance(found, Relaxed)
+    ep_kernels.ep_gradients(p.network, p.parameters, p.x, p.targets, backend="cpu")
+    assert len(jobs) == 3
+
+
+# --- the ops by name ------------------------------------------------------------------------------------------------
+
+
+def test_ops_of_triton_have_the_same_schemas() -> None:
+    ops.ensure()
+    for name in ops.NAMES:
+        own, triton = (getattr(torch.ops.ep_kernels, n).default for n in (name, f"triton_{name}"))
+        assert str(triton._schema) == str(own._schema).replace(f"::{name}", f"::triton_{name}")
+    shapes = torch.ops.ep_kernels.triton_drive(
+        torch.empty(2, 3, 8, 8, device="meta"), torch.empty(4, 3, 3, 3, device="meta"), [1, 1], [1, 1], 1
+    )
+    assert [tuple(t.shape) for t in shapes] == [(2, 4, 4, 4)] * 2
+
+
+def test_ops_of_triton_on_cpu_tensors_need_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_is(monkeypatch, capability=(9, 0))
+    with pytest.raises(RuntimeError, match=r"ep_kernels::triton_drive cannot run: it runs on cuda tensors"):
+        ops.triton_drive(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3), [1, 1], [1, 1], 0, None)
+    triton_is(monkeypatch, None)
+    with pytest.raises(RuntimeError, match=r"ep_kernels::triton_drive cannot run: triton is not installed"):
+        ops.triton_drive(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3), [1, 1], [1, 1], 0, None)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_functional_ops_of_a_named_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of triton run the ops that are always Triton's."""
+    monkeypatch.setattr(functional, "choose", lambda *_: name)
+    called: list[str] = []
+    for prefix in ("", "triton_"):
+
+        def drive(*args: Any, prefix: str = prefix) -> tuple[torch.Tensor, torch.Tensor]:
+            called.append(prefix)
+            return torch.zeros(1), torch.zeros(1)
+
+        monkeypatch.setattr(ops, f"{prefix}drive", drive)
+    functional.drive(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3))
+    assert called == ["triton_" if name == "triton" else ""]
+
+
+def test_ops_on_cuda_tensors_without_any_kernels_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_is(monkeypatch, None)
+    with pytest.raises(RuntimeError, match=r"ep_kernels::drive on CUDA tensors needs .* triton: triton is not"):
+        ops._on_cuda("drive")()
+    with pytest.raises(RuntimeError, match=r"cuda: this build has no CUDA kernels.*EP_KERNELS_BUILD=cuda pip install"):
+        ops._on_cuda("relax")()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from ep_kernels import backends
 from tests.gpu.device import CUDA, DEVICE, INTERPRETED, PRECISIONS, REASON
 
 
@@ -22,16 +23,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def ready() -> Iterator[None]:
     """No programs of earlier tests; float32 products as PyTorch is set by default; errors of the device show here."""
-    from ep_kernels import triton
-
-    triton.clear()
+    forget()
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if INTERPRETED else threads)
     yield
     torch.set_num_threads(threads)
-    triton.clear()
+    forget()
     if CUDA:
         torch.cuda.synchronize()
+
+
+def forget() -> None:
+    """Programs and graphs that Python keeps."""
+    backends._cuda_contrasts.clear()
+    if backends.why_not("triton") is None:
+        from ep_kernels import triton
+
+        triton.clear()
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def on(request: pytest.FixtureRequest) -> str:
+    """Both backends, where they can run; in Triton's interpreter only its own."""
+    name = str(request.param)
+    if INTERPRETED and name != "triton":
+        pytest.skip("Triton's interpreter runs the backend triton only")
+    reason = backends.why_not(name, DEVICE)
+    if reason is not None:
+        pytest.skip(f"backend {name} cannot run: {reason}")
+    return name
 
 
 @pytest.fixture

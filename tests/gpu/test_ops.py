@@ -1,16 +1,22 @@
-"""``drive``, ``relax_step`` and ``contrast`` on the device, against the reference in float64."""
+"""``drive``, ``relax_step`` and ``contrast`` on the device, by both backends, against the reference in float64.
+
+``cuda`` multiplies float32 tensors exactly; ``triton`` as torch.set_float32_matmul_precision says.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
-from ep_kernels import backend, functional
+from ep_kernels import RelaxConfig, backend, backends, ep_gradients, functional, relax_op
 from ep_kernels.functional import Neighbour
-from tests.gpu.device import DEVICE, INTERPRETED, assert_close, assert_equal, moved
+from ep_kernels.relaxation import Relaxation
+from tests.core.nets import NETWORKS
+from tests.gpu.device import DEVICE, INTERPRETED, assert_close, assert_equal, moved, on_device, random_problem
 from tests.ops.inputs import Maker, Sample, sample_inputs
 
 OPS = ("drive", "relax_step", "contrast")
@@ -41,13 +47,13 @@ def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def check(sample: Sample, name: str) -> None:
+def check(sample: Sample, name: str, on: str) -> None:
     """The op on tensors of a dtype, against the reference on the same numbers in float64."""
     kind, limit = DTYPES[name]
     rounded = sample.change(lambda t: moved(t, kind))
     expected = rounded.change(lambda t: moved(t, torch.float64)).run("reference")
     with products(name):
-        found = rounded.run("triton")
+        found = rounded.run(on)
     if sample.op == "drive":  # a winner may fall the other way where two are equal but for rounding
         limit_winners = 0.0 if name == "fp32" else 0.05
         if found[1] is not None and expected[1] is not None and found[1].numel():
@@ -57,21 +63,21 @@ def check(sample: Sample, name: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_small(op: str, dtype: str) -> None:
+def test_small(op: str, dtype: str, on: str) -> None:
     for sample in sample_inputs(op):
-        check(sample, dtype)
+        check(sample, dtype, on)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
-def test_thorough(op: str, dtype: str) -> None:
+def test_thorough(op: str, dtype: str, on: str) -> None:
     for sample in sample_inputs(op, thorough=True):
-        check(sample, dtype)
+        check(sample, dtype, on)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 17, 64, 512])
 @pytest.mark.parametrize("pool", ["none", "max", "avg"])
-def test_channels(channels: int, pool: str, dtype: str) -> None:
+def test_channels(channels: int, pool: str, dtype: str, on: str) -> None:
     """Numbers of channels that do and do not fill a tile, on a ragged map, batch 1 and 5."""
     if INTERPRETED and channels == 512:
         pytest.skip("takes minutes in the interpreter")
@@ -81,38 +87,38 @@ def test_channels(channels: int, pool: str, dtype: str) -> None:
         source = moved(new(batch, channels, 9, 7), kind)
         weight = moved(new(17, channels, 3, 3) / (9 * channels) ** 0.5, kind)
         expected = functional.drive(moved(source, torch.float64), moved(weight, torch.float64), (1, 1), (1, 1), pool)
-        with backend("triton"), products(dtype):
+        with backend(on), products(dtype):
             found = functional.drive(source, weight, (1, 1), (1, 1), pool)
         assert_close(found[:1], expected[:1], limit)
 
 
-def test_small_ties_go_to_the_first() -> None:
+def test_small_ties_go_to_the_first(on: str) -> None:
     """As in max_pool2d: equal values everywhere."""
     source = torch.ones(2, 3, 6, 6, device=DEVICE)
     weight = torch.ones(4, 3, 1, 1, device=DEVICE)
-    with backend("triton"):
+    with backend(on):
         pooled, winners = functional.drive(source, weight, (1, 1), (0, 0), "max")
     assert winners is not None
     assert int(winners.max()) == 0
     assert_equal([pooled], [torch.full_like(pooled, 3.0)])
 
 
-def test_small_nan_is_passed_on() -> None:
+def test_small_nan_is_passed_on(on: str) -> None:
     source = torch.rand(1, 3, 6, 6, device=DEVICE)
     source[0, 1, 2, 2] = float("nan")
     weight = torch.rand(4, 3, 1, 1, device=DEVICE)
-    with backend("triton"):
+    with backend(on):
         pooled, _ = functional.drive(source, weight, (1, 1), (0, 0), "max")
     assert bool(pooled[0, :, 1, 1].isnan().all())
     assert int(pooled.isnan().sum()) == 4
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-def test_layouts(layout: str) -> None:
+def test_layouts(layout: str, on: str) -> None:
     """The same numbers in other memory."""
     new = Maker(torch.float32, 3)
     source, weight = moved(new(2, 17, 8, 6)), moved(new(16, 17, 3, 3))
-    with backend("triton"):
+    with backend(on):
         expected = functional.drive(source, weight, (1, 1), (1, 1), "max")
         if layout == "channels_last":
             source = source.contiguous(memory_format=torch.channels_last)
@@ -125,20 +131,20 @@ def test_layouts(layout: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_repeats_are_equal_bit_for_bit(op: str) -> None:
+def test_repeats_are_equal_bit_for_bit(op: str, on: str) -> None:
     for sample in list(sample_inputs(op))[:4]:
         here = sample.change(moved)
-        first, second = here.run("triton"), here.run("triton")
+        first, second = here.run(on), here.run(on)
         assert_equal(second, first, sample.name)
 
 
-def test_float64_is_left_to_the_reference() -> None:
+def test_float64_is_left_to_the_reference(on: str) -> None:
     for sample in list(sample_inputs("drive"))[:3]:
         here = sample.change(lambda t: moved(t, torch.float64))
-        assert_equal(here.run("triton"), here.run("reference"), sample.name)
+        assert_equal(here.run(on), here.run("reference"), sample.name)
 
 
-def test_compiled(cuda: torch.device) -> None:
+def test_compiled(cuda: torch.device, on: str) -> None:
     """torch.compile around functional ops."""
     new = Maker(torch.float32, 5)
     x, state, above = moved(new(2, 16, 12, 12)), moved(new(2, 32, 6, 6)), moved(new(2, 16, 6, 6))
@@ -149,8 +155,28 @@ def test_compiled(cuda: torch.device) -> None:
         neighbour = Neighbour(above, up, (1, 1), (1, 1), gain=0.3)
         return functional.relax_step(state, bias, drives=[pooled], above=[neighbour])[0] * 2
 
-    with backend("triton"):
+    with backend(on):
         expected = update(x, state)
         torch.compiler.reset()
         found = torch.compile(update)(x, state)
     assert_close([found], [expected], 1e-5)
+
+
+def test_relax_compiled(on: str, cuda: torch.device) -> None:
+    """torch.compile around the op that runs a whole relaxation."""
+    here = on_device(random_problem(NETWORKS["max"]))
+    with backends.recorded() as jobs:
+        ep_gradients(here.network, here.parameters, here.x, here.targets, RelaxConfig(), backend=on)
+    for job in jobs:
+        if not isinstance(job, Relaxation):
+            continue
+        arguments = relax_op.flat(job)
+        lists, rest = arguments[:9], arguments[9:]
+
+        def run(*lists: list[torch.Tensor], rest: tuple[Any, ...] = rest) -> tuple[torch.Tensor, ...]:
+            relax = torch.ops.ep_kernels.triton_relax if on == "triton" else torch.ops.ep_kernels.relax
+            states, _, drives, winners, residual = relax(*lists, *rest)
+            return *(s * 2 for s in states), *drives, *winners, residual
+
+        torch.compiler.reset()
+        assert_equal(torch.compile(run, fullgraph=True)(*lists), run(*lists))

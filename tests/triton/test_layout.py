@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from ep_kernels.graphs import copy_all
 from ep_kernels.triton import layout
 from tests.ops.inputs import LAYOUTS, Maker
 from tests.ops.inputs import _strided as strided
@@ -146,6 +147,6 @@ def test_copies_of_many_tensors() -> None:
     sources = [new(2, 3), new(4, 5).t(), strided(new(3, 3)), new(2, 2).half(), new(7), new(7).double(), new(2, 6)]
     dtypes = [torch.float32] * 5 + [torch.float16] * 2
     to = [torch.zeros(s.shape, dtype=d) for s, d in zip(sources, dtypes, strict=True)]
-    layout.copy_all(list(zip(to, sources, strict=True)))
+    copy_all(list(zip(to, sources, strict=True)))
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(to, sources, strict=True))
-    layout.copy_all([])
+    copy_all([])

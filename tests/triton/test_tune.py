@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 import ep_kernels.triton as backend
 from ep_kernels import Network, Parameters, RelaxConfig, backends, ep_gradients
+from ep_kernels.cache import cache_folder
 from ep_kernels.triton import launch, measure, tiling, tune
 from ep_kernels.triton.arch import INTERPRETER, KNOWN, Arch
 from ep_kernels.triton.problems import training_problems
@@ -193,15 +194,15 @@ def test_an_interrupted_write_leaves_the_old_file(cache: Path, monkeypatch: pyte
 
 
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tune.cache_folder() == tmp_path
+    assert cache_folder() == tmp_path
     monkeypatch.setenv("EP_KERNELS_CACHE", "~/tiles")
     monkeypatch.setenv("HOME", "/home/user")
-    assert tune.cache_folder() == Path("/home/user/tiles")
+    assert cache_folder() == Path("/home/user/tiles")
     monkeypatch.delenv("EP_KERNELS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert tune.cache_folder() == Path("/cache/ep-kernels")
+    assert cache_folder() == Path("/cache/ep-kernels")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # ignored, as its specification says
-    assert tune.cache_folder() == Path("/home/user/.cache/ep-kernels")
+    assert cache_folder() == Path("/home/user/.cache/ep-kernels")
     assert tune.cache_file(DEVICE).name == f"tiles-nvidia-test-9000-triton-{tune.triton.__version__}.json"
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ep_kernels import Connection, Head, Network, RelaxConfig, backends, ep_gradients, free_phase, nudged_phase
+from ep_kernels.gradients import Contrasts, signature, tensors_of
 from ep_kernels.plan import SCHEDULES, compile_plan
 from ep_kernels.relaxation import Contrast, Relaxation, Relaxed, relax_reference
 from ep_kernels.triton import clear, gradients, layout, relax, runner
@@ -205,9 +206,9 @@ def jobs_of(config: RelaxConfig = CONFIG, seed: int = 0) -> list[Contrast]:
 def test_contrasts_on_copies_are_those_of_the_tensors() -> None:
     """What a graph replays reads copies, one for each tensor, and its results are copied out."""
     first, second = jobs_of(seed=0), jobs_of(seed=1)
-    assert gradients.signature(first) == gradients.signature(second)
-    contrasts = gradients.Contrasts(first)
-    assert len(contrasts.copies) == len({id(t) for t in gradients.tensors_of(first)}) < len(gradients.tensors_of(first))
+    assert signature(first) == signature(second)
+    contrasts = Contrasts(first, gradients.contrast)
+    assert len(contrasts.copies) == len({id(t) for t in tensors_of(first)}) < len(tensors_of(first))
     before = contrasts.run(first)
     kept = [t.clone() for pair in before for t in pair]
     for copy in contrasts.copies:
@@ -238,10 +239,10 @@ def test_signatures_of_contrasts_differ() -> None:
         {"connection": replace(last.connection, src=1)},
         {"weight": last.weight.half()},
     ]
-    own = gradients.signature(jobs)
-    found = [gradients.signature([*jobs[:-1], replace(last, **change)]) for change in changes]
+    own = signature(jobs)
+    found = [signature([*jobs[:-1], replace(last, **change)]) for change in changes]
     assert len({own, *found}) == len(changes) + 1
-    assert gradients.signature(jobs) == own
+    assert signature(jobs) == own
 
 
 # --- pieces -------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""CUDA graphs of launches, streams that share buffers, and the few programs that are kept."""
+"""CUDA graphs of launches, copies into their buffers, streams that share them, and the few programs that are kept."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -128,3 +128,17 @@ def context(tensor: Tensor) -> Iterator[None]:
 def capturing(tensor: Tensor) -> bool:
     """Whether the current stream is being captured by somebody's graph."""
     return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second of each pair into the first: those of the same layout in one launch for each pair of dtypes."""
+    alike: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for to, values in pairs:
+        if to.stride() == values.stride():
+            group = alike.setdefault((to.dtype, values.dtype), ([], []))
+            group[0].append(to)
+            group[1].append(values)
+        else:
+            to.copy_(values)
+    for destinations, sources in alike.values():
+        torch._foreach_copy_(destinations, sources)
