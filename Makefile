@@ -5,7 +5,7 @@ VENV ?= .venv
 # Relative on purpose: pip splits this variable at spaces, and a clone may lie in a folder that has some.
 PIP := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install -qq
 RUN := $(VENV)/bin/python -m
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -type f 2>/dev/null)
 
 .PHONY: help train test lint format bench wheel clean
 .DEFAULT_GOAL := help
@@ -47,7 +47,7 @@ clean: ## remove everything that the other targets made
 # up again; pip and ninja then do only what changed.
 $(VENV)/.train $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.tools $(SOURCES)
 	@command -v $(CXX) >/dev/null || { echo "No C++ compiler ($(CXX)). Install one: apt install g++, or dnf install gcc-c++"; exit 1; }
-	@echo "[3/3] compiling the kernels, installing what '$*' needs (about a minute the first time)"
+	@echo "[3/3] compiling the kernels, installing what '$*' needs (the first time about a minute; some minutes where there is an nvcc)"
 	@$(PIP) --no-build-isolation --editable '.[$*]'
 	@$(RUN) ep_kernels.info | sed -n 's/^build  */      /p'
 	@touch $@

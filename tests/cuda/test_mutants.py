@@ -29,14 +29,24 @@ FAULTS = {
     ),
     "contrast without its barrier": ("contrast.cuh", "    __syncthreads();\n    fetch", "    fetch", "contrast_half"),
     "contrast without its wait": ("contrast.cuh", "    ptx::copy_wait<kStages - 2>();\n", "", "contrast_tf32"),
-    "contrast with two fragments swapped": ("contrast.cuh", "right[2], right[3]", "right[3], right[2]", "contrast_half"),
+    "contrast with two fragments swapped": (
+        "contrast.cuh",
+        "right[2], right[3]",
+        "right[3], right[2]",
+        "contrast_half",
+    ),
     "sums of differences without their barrier": (
         "difference.cu",
         "  __syncthreads();\n  if (group != 0 || channel",
         "  if (group != 0 || channel",
         "contrast_half",
     ),
-    "wgmma of shared memory that is not published": ("wgmma.cuh", "      ptx::publish_shared();\n", "", "drive_warpgroup"),
+    "wgmma of shared memory that is not published": (
+        "wgmma.cuh",
+        "      ptx::publish_shared();\n",
+        "",
+        "drive_warpgroup",
+    ),
     "wgmma whose products are not waited for": (
         "wgmma.cuh",
         "      ptx::warpgroup_wait<1>();\n",

@@ -140,10 +140,8 @@ def test_one_graph_for_a_signature(device: Any) -> None:
     params, x, targets = moved(problem(CHAIN), FP32, "cpu")
     config = RelaxConfig(estimator="tangent")
     device.reset_statistics()
-    found = []
     with cuda_on_cpu():
-        for shift in (0.0, 0.1, 0.0):
-            found.append(ep_gradients(CHAIN, params, x + shift, targets, config)[0])
+        found = [ep_gradients(CHAIN, params, x + shift, targets, config)[0] for shift in (0.0, 0.1, 0.0)]
     assert device.statistics()["graph_launches"] == 4  # a free and a nudged phase, in two of three calls
     assert_equal(list(found[2].named().values()), list(found[0].named().values()))
     assert not torch.equal(found[1].weights[0], found[0].weights[0])

@@ -39,7 +39,7 @@ def test_every_sample(op: str, dtype: str, hopper: Any) -> None:
 
 @pytest.mark.parametrize("rows", [128, 256])
 def test_every_tile(rows: int, hopper: Any) -> None:
-    """Two neighbours, so that the accumulators are scaled between their loops, and more stages than the pipeline has."""
+    """Two neighbours: accumulators are scaled between their loops, and there are more stages than in the pipeline."""
     new = Maker(torch.float32, rows)
     batch = rows // 128
     below = functional.Neighbour(new(batch, 72, 8, 16), new(128, 72, 3, 3) / 25, (1, 1), (1, 1), gain=0.7)

@@ -196,7 +196,7 @@ class FetchPositions {
 };
 
 template <typename C>
-__global__ void __launch_bounds__(C::kThreads) contrast_kernel(const __grid_constant__ Contrast c) {
+__global__ void __launch_bounds__(C::kThreads, 1) contrast_kernel(const __grid_constant__ Contrast c) {
   unsigned char* shared = ptx::shared_memory();
   constexpr int kStages = C::kPipelineBytes / C::kStageBytes;
   // columns vary fastest, then taps: neighbours read the same positions

@@ -8,7 +8,7 @@ namespace ep::cuda {
 namespace {
 
 constexpr int kLanes = 32, kGroups = 8;  // threads of a block: lanes of four channels x positions at a time
-constexpr int kChannels = 4 * kLanes;
+constexpr int kChannels = 4 * kLanes, kThreads = kLanes * kGroups;
 
 // Both at the four pixels of a window, or at the position itself.
 __device__ inline void store_ends(const Difference& d, int64_t at, const Four& difference, const Four& mean) {
@@ -60,7 +60,7 @@ __device__ inline void store_windows(const Difference& d, int32_t position, int3
   }
 }
 
-__global__ void __launch_bounds__(kLanes* kGroups) difference_kernel(const __grid_constant__ Difference d) {
+__global__ void __launch_bounds__(kThreads, 1) difference_kernel(const __grid_constant__ Difference d) {
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const int32_t across = (d.channels + kChannels - 1) / kChannels;
   const int32_t channel = blockIdx.x % across * kChannels + 4 * lane, block = blockIdx.x / across;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kLanes* kGroups) difference_kernel(const __gri
   store4(d.sums, static_cast<int64_t>(block) * d.channels + channel, total);
 }
 
-__global__ void __launch_bounds__(kLanes* kGroups) sum_kernel(const __grid_constant__ Sum s) {
+__global__ void __launch_bounds__(kThreads, 1) sum_kernel(const __grid_constant__ Sum s) {
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kLanes + lane;
   float total = 0.0f;
@@ -114,12 +114,12 @@ __global__ void __launch_bounds__(kLanes* kGroups) sum_kernel(const __grid_const
 
 void launch(const Difference& d, cudaStream_t stream) {
   const int64_t across = (d.channels + kChannels - 1) / kChannels;
-  launch_kernel(&difference_kernel, d.blocks * across, kLanes * kGroups, sizeof(float) * kGroups * kChannels, stream,
+  launch_kernel(&difference_kernel, d.blocks * across, kThreads, sizeof(float) * kGroups * kChannels, stream,
                 d);
 }
 
 void launch(const Sum& s, cudaStream_t stream) {
-  launch_kernel(&sum_kernel, blocks_for(s.size, kLanes), kLanes * kGroups, sizeof(float) * kLanes * kGroups, stream, s);
+  launch_kernel(&sum_kernel, blocks_for(s.size, kLanes), kThreads, sizeof(float) * kThreads, stream, s);
 }
 
 }  // namespace ep::cuda

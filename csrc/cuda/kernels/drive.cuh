@@ -52,7 +52,7 @@ __device__ inline void store_pooled(const Drive& d, const float* tile, int row, 
 }
 
 template <typename G>
-__global__ void __launch_bounds__(G::kThreads) drive_kernel(const __grid_constant__ Drive d) {
+__global__ void __launch_bounds__(G::kThreads, 1) drive_kernel(const __grid_constant__ Drive d) {
   if (d.stop && stopped(d.control)) return;
   const bool pools = d.pool != Pool::kNone;
   const int32_t blocks_across = (d.channels + G::kColumns - 1) / G::kColumns;

@@ -15,7 +15,7 @@ __device__ inline int32_t cell_end(int32_t i, int32_t size, int32_t cells) {
   return static_cast<int32_t>((static_cast<int64_t>(i + 1) * size + cells - 1) / cells);
 }
 
-__global__ void __launch_bounds__(kThreads) feature_kernel(const __grid_constant__ HeadFeature f) {
+__global__ void __launch_bounds__(kThreads, 1) feature_kernel(const __grid_constant__ HeadFeature f) {
   if (stopped(f.control)) return;
   const uint32_t groups = f.channels / 4;
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
@@ -59,7 +59,7 @@ __device__ inline float warp_sum(float x) {
 }
 
 // A warp for each sample and position.
-__global__ void __launch_bounds__(kThreads) error_kernel(const __grid_constant__ HeadError e) {
+__global__ void __launch_bounds__(kThreads, 1) error_kernel(const __grid_constant__ HeadError e) {
   if (stopped(e.control)) return;
   const int lane = threadIdx.x % 32;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) error_kernel(const __grid_constant__
   }
 }
 
-__global__ void __launch_bounds__(kThreads) spread_kernel(const __grid_constant__ HeadSpread s) {
+__global__ void __launch_bounds__(kThreads, 1) spread_kernel(const __grid_constant__ HeadSpread s) {
   if (stopped(s.control)) return;
   const uint32_t groups = s.channels / 4;
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;

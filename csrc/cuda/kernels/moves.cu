@@ -40,7 +40,7 @@ __device__ inline int64_t source_of(const Copy& c, int64_t i) {
   return offset;
 }
 
-__global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ Copies copies) {
+__global__ void __launch_bounds__(kThreads, 1) copy_kernel(const __grid_constant__ Copies copies) {
   const int32_t blocks = gridDim.x / copies.count;  // of each copy
   const Copy& c = copies.copy[blockIdx.x / blocks];
   const int64_t first = static_cast<int64_t>(blockIdx.x % blocks) * kThreads + threadIdx.x;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ 
   }
 }
 
-__global__ void __launch_bounds__(kThreads) accumulate_kernel(const __grid_constant__ Accumulate a) {
+__global__ void __launch_bounds__(kThreads, 1) accumulate_kernel(const __grid_constant__ Accumulate a) {
   if (stopped(a.control)) return;
   const int64_t i = 4 * (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x);
   if (i >= a.n * a.size) return;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) accumulate_kernel(const __grid_const
   store4(a.out, i, out);
 }
 
-__global__ void __launch_bounds__(kThreads) unpool_kernel(const __grid_constant__ UnpoolState u) {
+__global__ void __launch_bounds__(kThreads, 1) unpool_kernel(const __grid_constant__ UnpoolState u) {
   if (stopped(u.control)) return;
   const uint32_t groups = u.channels / 4, i = blockIdx.x * kThreads + threadIdx.x;
   const int32_t per_sample = u.height * u.width;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) unpool_kernel(const __grid_constant_
           load4(u.state, u.type, int64_t{4} * i));
 }
 
-__global__ void __launch_bounds__(kThreads) settle_kernel(const __grid_constant__ Settle s) {
+__global__ void __launch_bounds__(kThreads, 1) settle_kernel(const __grid_constant__ Settle s) {
   if (s.control->sweeps % 2 == s.parity) return;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (16 * i < s.bytes) static_cast<uint4*>(s.to)[i] = static_cast<const uint4*>(s.from)[i];

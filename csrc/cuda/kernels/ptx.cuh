@@ -101,7 +101,7 @@ __device__ inline uint64_t describe(const void* shared) {
 }
 
 // What this thread wrote to shared memory, wgmma of all threads may read after the next barrier.
-__device__ inline void publish_shared() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+__device__ inline void publish_shared() { EP_SM90A(asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory")); }
 
 // Before the first multiply_warpgroup, and after a change of its accumulators.
 __device__ inline void warpgroup_arrive() { EP_SM90A(asm volatile("wgmma.fence.sync.aligned;\n" :: : "memory")); }

@@ -95,7 +95,7 @@ __device__ inline float update4(const Step& s, Four a, int32_t position, int32_t
 }
 
 template <typename G>
-__global__ void __launch_bounds__(G::kThreads) step_kernel(const __grid_constant__ Step s) {
+__global__ void __launch_bounds__(G::kThreads, 1) step_kernel(const __grid_constant__ Step s) {
   if (s.stop && stopped(s.control)) return;
   const int32_t sweep = s.control->sweeps;
   const int32_t blocks_across = (s.channels + G::kColumns - 1) / G::kColumns;
