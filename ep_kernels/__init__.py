@@ -1,7 +1,7 @@
 """Equilibrium Propagation as fast kernels: relaxation steps and contrastive weight updates as torch ops."""
 
 from . import functional, reference
-from .backends import BackendError, backend
+from .backends import BackendError, backend, release
 from .config import RelaxConfig
 from .network import Connection, Head, Network
 from .parameters import Parameters
@@ -39,5 +39,6 @@ __all__ = [
     "nudged_phase",
     "readout",
     "reference",
+    "release",
     "targets_for",
 ]

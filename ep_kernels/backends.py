@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -199,6 +200,16 @@ def _contrast(run: Callable[..., tuple[Tensor, Tensor]], job: Contrast) -> tuple
         scale=job.scale,
         operands=job.operands,
     )
+
+
+def release() -> None:
+    """Give back the memory that GPU backends keep between calls: buffers and CUDA graphs of their last relaxations and
+    contrasts. Later calls make them anew."""
+    _cuda_contrasts.clear()
+    if _library.load_error() is None and ops.has_cuda():
+        torch.ops.ep_kernels.release()
+    if "ep_kernels.triton" in sys.modules:
+        sys.modules["ep_kernels.triton"].clear()
 
 
 _cuda_contrasts = AllContrasts(lambda job: _contrast(relax_op.contrast, job))

@@ -40,4 +40,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensor> relax(
     int64_t batch, int64_t phases, int64_t steps, int64_t form, bool frozen, bool deferred, int64_t operands,
     int64_t storage, bool keep, double damping, double slope, double lo, double hi, double tol);
 
+// Forgets the programs of earlier relaxations, with their buffers and graphs, after their last use; returns how many.
+int64_t release();
+
 }  // namespace ep::cuda

@@ -40,6 +40,14 @@ class Programs {
     return kept_.front().second;
   }
 
+  // Returns how many there were.
+  int64_t clear() {
+    std::list<Entry> gone;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    gone.swap(kept_);
+    return static_cast<int64_t>(gone.size());
+  }
+
  private:
   using Entry = std::pair<std::string, std::shared_ptr<Kept>>;
 
@@ -54,6 +62,8 @@ Programs& programs() {
 }
 
 }  // namespace
+
+int64_t release() { return programs().clear(); }
 
 Outputs relax(const Tensors& states, const Tensors& weights, const Tensors& biases, const Tensors& drives,
               const Tensors& winners, const Tensors& free, const Tensors& preactivations, const Tensors& heads,

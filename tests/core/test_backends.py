@@ -539,3 +539,15 @@ def test_ops_on_cuda_tensors_without_any_kernels_say_how_to_get_them(monkeypatch
         ops._on_cuda("drive")()
     with pytest.raises(RuntimeError, match=r"cuda: this build has no CUDA kernels.*EP_KERNELS_BUILD=cuda pip install"):
         ops._on_cuda("relax")()
+
+
+def test_release_takes_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing on a CPU build; what every loaded GPU backend keeps elsewhere."""
+    ep_kernels.release()
+    forgotten = []
+    monkeypatch.setattr(backends._cuda_contrasts, "clear", lambda: forgotten.append("contrasts"))
+    monkeypatch.setitem(sys.modules, "ep_kernels.triton", SimpleNamespace(clear=lambda: forgotten.append("triton")))
+    ep_kernels.release()
+    without_library(monkeypatch)
+    ep_kernels.release()
+    assert forgotten == ["contrasts", "triton"] * 2

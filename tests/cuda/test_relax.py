@@ -204,3 +204,45 @@ def test_the_order_of_threads_does_not_matter(network: str, order: Any, device: 
         with cuda_on_cpu():
             found.append(ep_gradients(net, params, x, targets, RelaxConfig(operands=torch.float16))[0])
     assert_equal(list(found[1].named().values()), list(found[0].named().values()))
+
+
+@pytest.mark.parametrize("schedule", ["sweep", "sync"])
+@pytest.mark.parametrize("steps", [32, 41, 54])
+def test_long_runs(schedule: Any, steps: int) -> None:
+    """Steady sweeps are one graph of sixteen, replayed; runs that stop within it leave the rest out."""
+    params, x, _ = moved(problem(CHAIN), FP32, "cpu")
+    for tol in (0.0, 1e-5):
+        config = RelaxConfig(schedule, steps, tol=tol)
+        expected = free_phase(CHAIN, params, x, config, backend="cpu")
+        for _ in range(3):  # launched, captured, replayed
+            with cuda_on_cpu():
+                found = free_phase(CHAIN, params, x, config)
+            assert found.steps == expected.steps
+            for i, (got, want) in enumerate(zip(found.states, expected.states, strict=True)):
+                close(f"states[{i}]", got, want)
+            close("trace", found.trace, expected.trace, 1.0)
+
+
+def test_a_launch_that_fails_says_what_it_was(device: Any) -> None:
+    """And leaves nothing behind: the same relaxation then runs."""
+    net = Network.chain((2, 8, 8), [128, 130], ["none", "max"], classes=3, feedback_gain=0.5)
+    params, x, _ = moved(problem(net, 40), FP32, "cpu")
+    device.set_device(processors=1, shared_memory=1000)
+    with cuda_on_cpu():
+        with pytest.raises(RuntimeError, match=r"relax: .* of \w+ \d+ \[40, 128, 8, 8\]: ep_kernels: cudaFunc"):
+            free_phase(net, params, x, RelaxConfig())
+        device.set_device()
+        found = free_phase(net, params, x, RelaxConfig())
+    expected = free_phase(net, params, x, RelaxConfig(), backend="reference")
+    assert_close(found.states, expected.states, 1e-5)
+
+
+def test_release_forgets_every_program(device: Any) -> None:
+    params, x, _ = moved(problem(MSE), FP32, "cpu")
+    with cuda_on_cpu():
+        for _ in range(2):
+            first = free_phase(MSE, params, x, RelaxConfig())
+        torch.ops.ep_kernels_host.release()
+        live = device.statistics()["live"]
+        assert not any(live.values()), live
+        assert_equal(free_phase(MSE, params, x, RelaxConfig()).states, first.states)

@@ -23,23 +23,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def ready() -> Iterator[None]:
     """No programs of earlier tests; float32 products as PyTorch is set by default; errors of the device show here."""
-    forget()
+    backends.release()
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if INTERPRETED else threads)
     yield
     torch.set_num_threads(threads)
-    forget()
+    backends.release()
     if CUDA:
         torch.cuda.synchronize()
-
-
-def forget() -> None:
-    """Programs and graphs that Python keeps."""
-    backends._cuda_contrasts.clear()
-    if backends.why_not("triton") is None:
-        from ep_kernels import triton
-
-        triton.clear()
 
 
 @pytest.fixture(params=["triton", "cuda"])
