@@ -9,19 +9,6 @@
 namespace ep::cuda {
 namespace {
 
-Products products_of(int64_t operands, Type own) {
-  switch (operands) {
-    case 1:
-      return Products::kTf32;
-    case 2:
-      return Products::kHalf;
-    case 3:
-      return Products::kBFloat;
-    default:
-      return products_of(own);
-  }
-}
-
 // d and m of one end, unpooled where the connection pools, in the operands' type; partial sums of d.
 struct End {
   std::optional<Buffer> difference;
@@ -126,7 +113,7 @@ std::tuple<Tensor, Tensor> contrast(const Tensor& source, const std::optional<Te
     return {weight, bias};
   }
   const Place place(source);
-  const Products products = products_of(operands, type_of(source.scalar_type()));
+  const Products products = products_of(type_of(source.scalar_type()), operands);
   const Type type = operand_type(products);
   const Extent from = extent_of(sizes(source)), to = extent_of(checked.driven);
   const Ints map = g.linear ? Ints{1, 1} : g.map_size(sizes(source), weight_shape);
@@ -146,13 +133,14 @@ std::tuple<Tensor, Tensor> contrast(const Tensor& source, const std::optional<Te
 
   // the gains and the scale multiply the products: no short exponent holds them
   const bool moving = below.difference && source_gain != 0;
-  const double last = moving ? source_gain : target_gain;
+  const double above_gain = checked.live ? 1.0 : target_gain;  // live differences are those of the states already
+  const double last = moving ? source_gain : above_gain;
   Contrast c{};
   c.difference_above = above.difference->data;
   c.mean_below = below.mean.data;
   c.mean_above = moving ? above.mean.data : nullptr;
   c.difference_below = moving ? below.difference->data : nullptr;
-  c.ratio = moving ? static_cast<float>(target_gain / last) : 1.0f;
+  c.ratio = moving ? static_cast<float>(above_gain / last) : 1.0f;
   c.n = static_cast<int32_t>(source.size(0));
   c.height = static_cast<int32_t>(map[0]);
   c.width = static_cast<int32_t>(map[1]);
@@ -174,7 +162,7 @@ std::tuple<Tensor, Tensor> contrast(const Tensor& source, const std::optional<Te
   const int64_t floats = split(c, products, place.device());
   const Buffer partial = new_buffer({1, 1, c.splits, floats / c.splits}, Type::kFloat, source);
   c.partial = partial.floats();
-  launch(c, products, place.device(), place.stream());
+  launch(c, products, place.stream());
 
   const Buffer weights = new_buffer({c.rows, c.kernel_h, c.kernel_w, c.columns}, Type::kFloat, source);
   launch(Sum{partial.floats(), c.splits, weights.elements(), static_cast<float>(scale * last), weights.floats()},

@@ -5,20 +5,6 @@
 #include "place.h"
 
 namespace ep::cuda {
-namespace {
-
-bool takes(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-}
-
-}  // namespace
-
-const Rules kRules{takes, "float32, float16 or bfloat16", 1, "0 (states in their own dtype)"};
-
-Products products_of(Type type) {
-  return type == Type::kHalf ? Products::kHalf : type == Type::kBFloat ? Products::kBFloat : Products::kFloat;
-}
-
 std::tuple<Tensor, Tensor> drive(const Tensor& source, const Tensor& weight, const Ints& stride, const Ints& padding,
                                  int64_t pool, const std::optional<Tensor>& winners) {
   const Geometry g = check_drive(kRules, source, weight, stride, padding, pool, winners);

@@ -31,7 +31,11 @@ bool capturing(cudaStream_t stream) {
 
 Turn::~Turn() {
   if (last_ == nullptr) return;
+  // another thread's capture may forbid waiting, in the mode that torch captures in
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
   if (used_) cudaEventSynchronize(last_);
+  cudaThreadExchangeStreamCaptureMode(&mode);
   cudaEventDestroy(last_);
 }
 

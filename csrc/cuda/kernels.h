@@ -112,7 +112,7 @@ struct Drive {
 
 // Per position d = d+ - d- and m = s + mean_gain (d+ + d-) at one end of a connection, at the winners where it pools;
 // and partial sums of d for the bias. With live winners (of both phases) each phase's state m +- gain d / 2 has its
-// own.
+// own, and gain d is what is stored for d.
 struct Difference {
   const void* free;  // [N, H, W, C], any float type
   Type free_type;
@@ -126,7 +126,7 @@ struct Difference {
   void* mean;        // the same, or null
   Type type;
   int32_t map_height, map_width;  // where it pools; else the state's
-  float* sums;                    // [blocks, C] or null: zeroed by the launch
+  float* sums;                    // [blocks, C] or null
   int32_t blocks;
   int32_t n, height, width, channels;
   float mean_gain, gain;
@@ -236,14 +236,14 @@ struct Settle {
 
 // What a device can do; the launch functions choose tiles by it.
 struct Device {
-  int32_t index, major, minor, processors, shared_memory;
-  bool warpgroups;  // multiply by wgmma
+  int32_t processors;     // multiprocessors
+  int32_t shared_memory;  // bytes of each
+  bool warpgroups;        // multiply by wgmma
 };
-Device device_of(int index);
 
 void launch(const Step& step, Products products, const Device& device, cudaStream_t stream);
 void launch(const Drive& drive, Products products, const Device& device, cudaStream_t stream);
-void launch(const Contrast& contrast, Products products, const Device& device, cudaStream_t stream);
+void launch(const Contrast& contrast, Products products, cudaStream_t stream);
 // Splits and share of a contrast: fills them in; returns the number of floats that `partial` needs.
 int64_t split(Contrast& contrast, Products products, const Device& device);
 

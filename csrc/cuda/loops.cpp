@@ -57,8 +57,9 @@ std::vector<Gained> chain(const std::vector<Gained>& loops, Step& step) {
   for (const Gained& g : loops) {
     if (g.gain == 0) continue;
     const double ratio = step.loop_count ? last / g.gain : 1.0;
-    const bool fits = step.loop_count < kMaxLoops && std::isnormal(static_cast<float>(ratio)) &&
-                      std::isnormal(static_cast<float>(g.gain));
+    // far from 1, products that were small in the sum of all would overflow, or vanish, before they are scaled back
+    const bool near = std::abs(std::log2(std::abs(ratio))) <= 40 && std::isnormal(static_cast<float>(g.gain));
+    const bool fits = step.loop_count < kMaxLoops && near;
     if (!fits) {
       left.push_back(g);
       continue;

@@ -23,7 +23,7 @@ struct Gained {
 };
 
 // Sets the factors after each loop so that the accumulator ends as the sum of gain * loop; loops of gain 0 are left
-// out. Returns those that do not fit, be it in number or in range: they need a launch of their own.
+// out. Returns those that do not fit, being too many or of gains too far apart: they need a launch of their own.
 std::vector<Gained> chain(const std::vector<Gained>& loops, Step& step);
 
 // The launch of a drive or feedback alone: gain * loop into `out`, which has the loop's positions.

@@ -12,8 +12,8 @@ namespace ep::cuda {
 // What drive, relax_step and contrast take; and what relax takes.
 extern const Rules kRules, kRelaxRules;
 
-// Of operands in their own dtype.
-Products products_of(Type type);
+// Of operands by their code in the schema; 0: tensors in their own type.
+Products products_of(Type own, int64_t operands = 0);
 
 std::tuple<Tensor, Tensor> drive(const Tensor& source, const Tensor& weight, const Ints& stride, const Ints& padding,
                                  int64_t pool, const std::optional<Tensor>& winners);

@@ -13,23 +13,22 @@ namespace ep::cuda {
 
 class Place {
  public:
+  explicit Place([[maybe_unused]] const Tensor& tensor) {
 #ifdef EP_HOST_RUN  // tests/host: tensors lie on the CPU, and there is no device to make current
-  explicit Place(const Tensor&) : index_(0) {
+    const int32_t index = 0;
 #else
-  explicit Place(const Tensor& tensor) : index_(tensor.get_device_index()) {
+    const int32_t index = tensor.get_device_index();
     if (tensor.is_cpu()) throw std::runtime_error("ep_kernels: tensors on the cpu among those of a CUDA op");
-    guard_.emplace(index_);
+    guard_.emplace(index);
 #endif
-    stream_ = current_stream(index_);
-    device_ = device_of(index_);
+    stream_ = current_stream(index);
+    device_ = device_of(index);
   }
 
-  int32_t index() const { return index_; }
   cudaStream_t stream() const { return stream_; }
   const Device& device() const { return device_; }
 
  private:
-  int32_t index_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   cudaStream_t stream_;
   Device device_;

@@ -10,10 +10,6 @@
 
 namespace ep::cuda {
 
-const Rules kRelaxRules{[](ScalarType dtype) { return dtype == ScalarType::Float; },
-                        "float32 (states may be stored in float16: see storage)", 2,
-                        "0 (states in float32) or 1 (in float16)"};
-
 namespace {
 
 constexpr size_t kMostPrograms = 16;  // signatures kept: phases x batch sizes x settings in use at a time
@@ -80,7 +76,7 @@ Outputs relax(const Tensors& states, const Tensors& weights, const Tensors& bias
   const Relaxation r = read_relaxation(kRelaxRules, arguments);
   const Place place(r.like);
   if (capturing(place.stream())) return Program(r).run_captured(r, place);
-  const std::shared_ptr<Kept> kept = programs().get(signature(arguments));
+  const std::shared_ptr<Kept> kept = programs().get(signature(arguments) + (place.device().warpgroups ? "wgmma" : ""));
   const std::lock_guard<std::mutex> lock(kept->mutex);
   if (!kept->program) kept->program = std::make_unique<Program>(r);
   return kept->program->run(r, place);

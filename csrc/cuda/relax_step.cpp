@@ -39,9 +39,9 @@ class Preparation {
       loops_.push_back({loop, gain});
     } else {
       const Buffer out = keep(new_map(source.size(0), extent_of(shape_), Type::kFloat, like_));
-      launches_.push_back(alone(loop, gain, out, nullptr));
+      launches_.push_back(alone(loop, 1.0, out, nullptr));
       launches_.back().pool = g.pool;
-      add(out, 1.0);
+      add(out, gain);
     }
   }
 
@@ -56,11 +56,11 @@ class Preparation {
       loops_.push_back({loop, gain});
     } else {
       const Buffer out = state_map();
-      Drive flat = alone(loop, gain, out, nullptr);
+      Drive flat = alone(loop, 1.0, out, nullptr);
       flat.height = flat.width = 1;
       flat.channels = static_cast<int32_t>(out.sample());
       launches_.push_back(flat);
-      add(out, 1.0);
+      add(out, gain);
     }
   }
 
@@ -75,14 +75,17 @@ class Preparation {
     launch(copies_, stream);
     for (const UnpoolState& u : unpools_) launch(u, stream);
     for (const Drive& d : launches_) launch(d, products_of(type_), place_.device(), stream);
-    if (addends_.size() > kMaxFinished) {
+    const size_t before = addends_.size() > kMaxFinished ? addends_.size() - kMaxFinished + 1 : 0;
+    if (before > 0) {
       const Buffer sum = state_map();
-      for (const Finished& f : addends_) {
-        launch(Accumulate{f.tensor, Type::kFloat, f.samples, f.gain, sum.floats(), sum.size[0], sum.sample(), true,
+      for (size_t i = 0; i < before; ++i) {
+        const Finished& f = addends_[i];
+        launch(Accumulate{f.tensor, Type::kFloat, f.samples, f.gain, sum.floats(), sum.size[0], sum.sample(), i > 0,
                           nullptr},
                stream);
       }
-      addends_ = {{sum.floats(), sum.size[0], 1.0f}};
+      addends_[before - 1] = {sum.floats(), sum.size[0], 1.0f};
+      addends_.erase(addends_.begin(), addends_.begin() + static_cast<std::ptrdiff_t>(before - 1));
     }
     step.finished_count = static_cast<int32_t>(addends_.size());
     std::copy(addends_.begin(), addends_.end(), step.finished);

@@ -2,9 +2,25 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <string>
 
 namespace ep::cuda {
+
+Device device_of(int32_t index) {
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value = 0;
+    EP_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, index));
+    return value;
+  };
+  Device device{attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                false};
+#ifdef EP_HAVE_SM90A
+  const char* const wgmma = std::getenv("EP_KERNELS_WGMMA");
+  device.warpgroups = wgmma && std::string(wgmma) == "1" && attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+#endif
+  return device;
+}
 
 #ifdef EP_HOST_RUN
 

@@ -140,3 +140,24 @@ def test_many_neighbours() -> None:
     drives = [new(2, 4, 5, 5) for _ in range(6)]
     kwargs = {"below": below * 2, "above": above, "drives": drives, "lo": -10.0, "hi": 10.0}
     check(Sample("relax_step", "many", (new(2, 4, 5, 5), new(4)), kwargs), "fp32")
+
+
+@pytest.mark.parametrize("gain", [1e-33, 1e33])
+def test_gains_far_apart(gain: float) -> None:
+    """An accumulator that is scaled from one gain to the other between two convolutions would overflow, or vanish."""
+    new = Maker(torch.float32, 6)
+    source, weight = 1e4 * new(2, 3, 5, 5), 1e2 * new(4, 3, 3, 3)
+    tiny = functional.Neighbour(new(2, 3, 5, 5) / gain, weight, (1, 1), (1, 1), gain=gain)
+    plain = functional.Neighbour(source, weight, (1, 1), (1, 1))
+    kwargs = {"below": [plain, tiny], "lo": -1e9, "hi": 1e9}
+    check(Sample("relax_step", "far", (new(2, 4, 5, 5), new(4)), kwargs), "fp32")
+
+
+@pytest.mark.parametrize("gain", [0.0, 2.0**-18, 1.0])
+def test_live_contrasts_of_small_gains(gain: float) -> None:
+    """Differences at other winners are of the size of the states: float16 must not see them in the deltas' units."""
+    new = Maker(torch.float32, 7)
+    winners = new.winners(4, 17, 3, 2)
+    args = (new(2, 3, 7, 5), None, new(2, 17, 3, 2), new(4, 17, 3, 2), (17, 3, 3, 3), (1, 1), (1, 1), "max", winners)
+    sample = Sample("contrast", "live", args, {"target_gain": gain, "operands": torch.float16})
+    assert_close(run(sample), sample.run("reference"), 1e-3)

@@ -16,13 +16,13 @@ __device__ inline void store_ends(const Difference& d, int64_t at, const Four& d
   if (d.mean) store4(d.mean, d.type, at, mean);
 }
 
-// Each phase's own winners: m +- gain d / 2 are its states, at different pixels.
+// Each phase's own winners: m +- gain d / 2 are its states, at different pixels. The difference is that of the states.
 __device__ inline void live_ends(uint32_t won, uint32_t won_minus, uint32_t pixel, float gain, float& difference,
                                  float& mean) {
   const float plus = share_of(won, pixel, mean + 0.5f * gain * difference);
   const float minus = share_of(won_minus, pixel, mean - 0.5f * gain * difference);
   // the same pixel in both: the difference itself, no digit of it is lost
-  difference = won == pixel && won_minus == pixel ? difference : (plus - minus) / gain;
+  difference = won == pixel && won_minus == pixel ? gain * difference : plus - minus;
   mean = 0.5f * (plus + minus);
 }
 
@@ -60,7 +60,7 @@ __device__ inline void store_windows(const Difference& d, int32_t position, int3
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 1) difference_kernel(const __grid_constant__ Difference d) {
+__global__ void __launch_bounds__(kThreads) difference_kernel(const __grid_constant__ Difference d) {
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const int32_t across = (d.channels + kChannels - 1) / kChannels;
   const int32_t channel = blockIdx.x % across * kChannels + 4 * lane, block = blockIdx.x / across;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 1) difference_kernel(const __grid_co
   store4(d.sums, static_cast<int64_t>(block) * d.channels + channel, total);
 }
 
-__global__ void __launch_bounds__(kThreads, 1) sum_kernel(const __grid_constant__ Sum s) {
+__global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ Sum s) {
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kLanes + lane;
   float total = 0.0f;
@@ -114,8 +114,7 @@ __global__ void __launch_bounds__(kThreads, 1) sum_kernel(const __grid_constant_
 
 void launch(const Difference& d, cudaStream_t stream) {
   const int64_t across = (d.channels + kChannels - 1) / kChannels;
-  launch_kernel(&difference_kernel, d.blocks * across, kThreads, sizeof(float) * kGroups * kChannels, stream,
-                d);
+  launch_kernel(&difference_kernel, d.blocks * across, kThreads, sizeof(float) * kGroups * kChannels, stream, d);
 }
 
 void launch(const Sum& s, cudaStream_t stream) {

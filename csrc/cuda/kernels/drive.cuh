@@ -11,15 +11,9 @@ __device__ inline void store_pooled(const Drive& d, const float* tile, int row, 
                                     int32_t channel) {
   const int64_t at = static_cast<int64_t>(position) * d.channels + channel;
   const int32_t per_sample = d.height * d.width;
-  float window[4][4];
+  Four window[4];
 #pragma unroll
-  for (int pixel = 0; pixel < 4; ++pixel) {
-    const float4 z = *reinterpret_cast<const float4*>(tile + staged_at<G::kColumns>(row + pixel, column));
-    window[pixel][0] = z.x;
-    window[pixel][1] = z.y;
-    window[pixel][2] = z.z;
-    window[pixel][3] = z.w;
-  }
+  for (int pixel = 0; pixel < 4; ++pixel) window[pixel] = load4(tile, staged_at<G::kColumns>(row + pixel, column));
   uint32_t won = 0;
   if (d.winners) {
     won = load4(
@@ -29,7 +23,7 @@ __device__ inline void store_pooled(const Drive& d, const float* tile, int row, 
   Four pooled;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const float z0 = window[0][j], z1 = window[1][j], z2 = window[2][j], z3 = window[3][j];
+    const float z0 = window[0].x[j], z1 = window[1].x[j], z2 = window[2].x[j], z3 = window[3].x[j];
     float z;
     if (d.pool == Pool::kAvg) {
       z = average(z0, z1, z2, z3);
@@ -72,9 +66,10 @@ __global__ void __launch_bounds__(G::kThreads, 1) drive_kernel(const __grid_cons
     if (pools) {
       store_pooled<G>(d, tile, 4 * row, column, position, channel);
     } else {
-      const float4 z = *reinterpret_cast<const float4*>(tile + staged_at<G::kColumns>(row, column));
-      store4(d.drive, static_cast<int64_t>(position) * d.channels + channel,
-             {{d.gain * z.x, d.gain * z.y, d.gain * z.z, d.gain * z.w}});
+      Four z = load4(tile, staged_at<G::kColumns>(row, column));
+#pragma unroll
+      for (float& x : z.x) x *= d.gain;
+      store4(d.drive, static_cast<int64_t>(position) * d.channels + channel, z);
     }
   }
 }

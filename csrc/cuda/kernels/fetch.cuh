@@ -56,13 +56,14 @@ class Fetch {
       const int64_t distance = (static_cast<int64_t>(r_ * loop.width + s_) * loop.channels + channel_) * G::kElement;
 #pragma unroll
       for (int i = 0; i < G::kARows; ++i) {
-        ptx::copy_async(to + i * kApart, reinterpret_cast<const void*>(patch_[i] + distance), (taps_[i] & bit) != 0);
+        ptx::copy_async_cached(to + i * kApart, reinterpret_cast<const void*>(patch_[i] + distance),
+                               (taps_[i] & bit) != 0);
       }
     } else {
 #pragma unroll 1
       for (int i = 0; i < G::kARows; ++i) {
         const int64_t at = address(loop, i);
-        ptx::copy_async(to + i * kApart, reinterpret_cast<const void*>(at), inside && at != 0);
+        ptx::copy_async_cached(to + i * kApart, reinterpret_cast<const void*>(at), inside && at != 0);
       }
     }
     const int taps = loop.kernel_h * loop.kernel_w;

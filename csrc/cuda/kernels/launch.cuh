@@ -10,7 +10,7 @@
 
 namespace ep::cuda {
 
-constexpr size_t kPlainShared = 48 << 10;  // what a block may have without asking
+constexpr size_t kPlainShared = 48 << 10;  // what a block may have without asking, static shared memory included
 
 template <typename P>
 void launch_kernel(void (*kernel)(P), int64_t blocks, int threads, size_t shared, cudaStream_t stream,
@@ -19,13 +19,12 @@ void launch_kernel(void (*kernel)(P), int64_t blocks, int threads, size_t shared
   if (blocks > std::numeric_limits<int32_t>::max()) {
     throw std::runtime_error("ep_kernels: a launch of " + std::to_string(blocks) + " blocks; a grid holds 2^31 - 1");
   }
-  if (shared > kPlainShared) {
+  if (shared >= kPlainShared) {
     EP_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   }
 #ifdef __CUDACC__
-  P copy = params;
-  void* arguments[] = {&copy};
+  void* arguments[] = {const_cast<P*>(&params)};
   EP_CUDA_CHECK(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
                                  dim3(threads), arguments, shared, stream));
 #else

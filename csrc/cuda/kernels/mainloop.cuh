@@ -44,7 +44,7 @@ __device__ inline float* gemm_tile(const Loop* loops, int count, const Positions
     for (int n = 0; n < G::N; ++n) acc[m][n][0] = acc[m][n][1] = acc[m][n][2] = acc[m][n][3] = 0.0f;
   }
   Fetch<G> fetch(loops, count, positions, first_position, first_row, rows);
-#pragma unroll
+#pragma unroll 1  // a fetch is long code
   for (int s = 0; s < kStages - 1; ++s) {
     fetch(shared + s * G::kStageBytes);
     ptx::copy_commit();  // a group for every stage, even an empty one: the waits below count them

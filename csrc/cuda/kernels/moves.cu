@@ -24,41 +24,49 @@ __device__ inline bool by_fours(const Copy& c) {
 }
 
 // Offset of a destination element in the source, or -1 beyond its limits.
-__device__ inline int64_t source_of(const Copy& c, int64_t i) {
-  int32_t at[4];
-#pragma unroll
-  for (int d = 3; d >= 0; --d) {
-    at[d] = static_cast<int32_t>(i % c.size[d]);
-    i /= c.size[d];
-  }
+template <typename Index>
+__device__ inline int64_t source_of(const Copy& c, Index i) {
   int64_t offset = 0;
 #pragma unroll
-  for (int d = 0; d < 4; ++d) {
-    if (at[d] >= c.limit[d]) return -1;
-    offset += at[d] * c.from_stride[d];
+  for (int d = 3; d >= 0; --d) {
+    const Index size = static_cast<Index>(c.size[d]), at = i % size;
+    i /= size;
+    if (at >= static_cast<Index>(c.limit[d])) return -1;
+    offset += static_cast<int64_t>(at) * c.from_stride[d];
   }
   return offset;
 }
 
-__global__ void __launch_bounds__(kThreads, 1) copy_kernel(const __grid_constant__ Copies copies) {
-  const int32_t blocks = gridDim.x / copies.count;  // of each copy
-  const Copy& c = copies.copy[blockIdx.x / blocks];
-  const int64_t first = static_cast<int64_t>(blockIdx.x % blocks) * kThreads + threadIdx.x;
-  const int64_t count = copy_count(c), stride = static_cast<int64_t>(blocks) * kThreads;
+// Elements from `first` on, `stride` threads apart. Index: what divides faster, where it reaches.
+template <typename Index>
+__device__ inline void copy_elements(const Copy& c, int64_t first, int64_t stride) {
+  const int64_t count = copy_count(c);
   if (by_fours(c)) {
     for (int64_t i = 4 * first; i < count; i += 4 * stride) {
-      const int64_t from = source_of(c, i);
+      const int64_t from = source_of(c, static_cast<Index>(i));
       store4(c.to, c.to_type, i, from < 0 ? Four{} : load4(c.from, c.from_type, from));
     }
     return;
   }
   for (int64_t i = first; i < count; i += stride) {
-    const int64_t from = source_of(c, i);
+    const int64_t from = source_of(c, static_cast<Index>(i));
     store1(c.to, c.to_type, i, from < 0 ? 0.0f : load1(c.from, c.from_type, from));
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 1) accumulate_kernel(const __grid_constant__ Accumulate a) {
+__global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ Copies copies) {
+  const int32_t blocks = gridDim.x / copies.count;  // of each copy
+  const Copy& c = copies.copy[blockIdx.x / blocks];
+  const int64_t first = static_cast<int64_t>(blockIdx.x % blocks) * kThreads + threadIdx.x;
+  const int64_t stride = static_cast<int64_t>(blocks) * kThreads;
+  if (copy_count(c) >> 32 == 0) {
+    copy_elements<uint32_t>(c, first, stride);
+  } else {
+    copy_elements<uint64_t>(c, first, stride);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) accumulate_kernel(const __grid_constant__ Accumulate a) {
   if (stopped(a.control)) return;
   const int64_t i = 4 * (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x);
   if (i >= a.n * a.size) return;
@@ -70,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 1) accumulate_kernel(const __grid_co
   store4(a.out, i, out);
 }
 
-__global__ void __launch_bounds__(kThreads, 1) unpool_kernel(const __grid_constant__ UnpoolState u) {
+__global__ void __launch_bounds__(kThreads) unpool_kernel(const __grid_constant__ UnpoolState u) {
   if (stopped(u.control)) return;
   const uint32_t groups = u.channels / 4, i = blockIdx.x * kThreads + threadIdx.x;
   const int32_t per_sample = u.height * u.width;
@@ -86,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 1) unpool_kernel(const __grid_consta
           load4(u.state, u.type, int64_t{4} * i));
 }
 
-__global__ void __launch_bounds__(kThreads, 1) settle_kernel(const __grid_constant__ Settle s) {
+__global__ void __launch_bounds__(kThreads) settle_kernel(const __grid_constant__ Settle s) {
   if (s.control->sweeps % 2 == s.parity) return;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (16 * i < s.bytes) static_cast<uint4*>(s.to)[i] = static_cast<const uint4*>(s.from)[i];

@@ -11,7 +11,7 @@ namespace ep::cuda {
 template <int kLanes>
 class Residual {
  public:
-  __device__ explicit Residual(int32_t* row) : row_(row) {}
+  __device__ Residual(int32_t* row, float scale) : row_(row), scale_(scale) {}
 
   __device__ void add(int32_t sample, float change) {
     // as integers, magnitudes have the order of floats, and NaN is above all
@@ -28,22 +28,26 @@ class Residual {
   }
 
   __device__ void flush() const {
-    if (sample_ >= 0 && threadIdx.x % kLanes == 0) atomicMax(row_ + sample_, most_);
+    if (sample_ < 0 || threadIdx.x % kLanes != 0) return;
+    atomicMax(row_ + sample_, __float_as_int(__int_as_float(most_) / scale_));  // in the states' units
   }
 
  private:
   int32_t* row_;
+  float scale_;
   int32_t sample_ = -1, most_ = 0;
 };
 
 // The last block of a sweep's last launch counts the sweep, and decides whether the relaxation has come to rest.
 __device__ inline void finish_sweep(const Step& s, int32_t sweep) {
-  __shared__ int32_t last;
   __threadfence();  // this thread's residuals are out before its block's ticket
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(&s.control->ticket, 1) == static_cast<int32_t>(gridDim.x) - 1;
-  __syncthreads();
-  if (!last) return;
+  bool last = false;
+  if (threadIdx.x == 0) {
+    last = atomicAdd(&s.control->ticket, 1) == static_cast<int32_t>(gridDim.x) - 1;
+    __threadfence();  // those of the other blocks are seen after theirs
+  }
+  if (!__syncthreads_or(last)) return;
   const volatile int32_t* row = s.residual + static_cast<int64_t>(sweep) * s.n;
   bool moving = false;
   for (int32_t n = threadIdx.x; s.stop && n < s.n; n += blockDim.x)
@@ -55,41 +59,62 @@ __device__ inline void finish_sweep(const Step& s, int32_t sweep) {
   if (s.stop) s.control->stop = !moving && sweep > 0;
 }
 
-// The update of four channels of one position from their accumulators; returns the largest change.
-__device__ inline float update4(const Step& s, Four a, int32_t position, int32_t sample, int32_t channel) {
-  const int32_t per_sample = s.height * s.width;
-  const auto element = [&](int32_t p) { return static_cast<int64_t>(p) * s.channels + channel; };
-  const auto shared = [&](int32_t samples) { return element(shared_position(position, per_sample, samples, s.n)); };
-  const auto add = [&](const Four& x, float gain) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) a.x[j] += gain * x.x[j];
-  };
-  const int64_t at = element(position);
-  if (s.bias) add(load4(s.bias, channel), 1.0f);
-  for (int f = 0; f < s.finished_count; ++f) {
-    add(load4(s.finished[f].tensor, shared(s.finished[f].samples)), s.finished[f].gain);
+// What the update of four channels of one position reads from memory.
+struct Reads {
+  Four old, finished, nudge, pre;
+  uint32_t won;
+};
+
+// Index of an element of a tensor of `samples` samples.
+__device__ inline int64_t shared_element(const Step& s, int32_t position, int32_t channel, int32_t samples) {
+  return static_cast<int64_t>(shared_position(position, s.height * s.width, samples, s.n)) * s.channels + channel;
+}
+
+__device__ inline Reads read4(const Step& s, int32_t position, int32_t channel) {
+  Reads x{};
+  if (s.finished_count)
+    x.finished = load4(s.finished[0].tensor, shared_element(s, position, channel, s.finished[0].samples));
+  if (s.nudge) x.nudge = load4(s.nudge, shared_element(s, position, channel, s.nudge_samples));
+  if (s.old) x.old = load4(s.old, s.state_type, static_cast<int64_t>(position) * s.channels + channel);
+  if (s.pre) x.pre = load4(s.pre, shared_element(s, position, channel, s.pre_samples));
+  if (s.unpool.map && s.unpool.pool == Pool::kMax) {
+    x.won = load4(s.unpool.winners, shared_element(s, position, channel, s.unpool.winners_samples));
   }
-  if (s.nudge) add(load4(s.nudge, shared(s.nudge_samples)), sample < s.second ? s.nudge_gain : -s.nudge_gain);
+  return x;
+}
+
+// The update of four channels of one position from their accumulators; returns the largest change.
+__device__ inline float update4(const Step& s, Four a, const Four& bias, const Reads& x, int32_t position,
+                                int32_t sample, int32_t channel) {
+  const auto add = [&](const Four& term, float gain) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) a.x[j] += gain * term.x[j];
+  };
+  add(bias, 1.0f);
+  if (s.finished_count) add(x.finished, s.finished[0].gain);
+  for (int f = 1; f < s.finished_count; ++f) {
+    const Finished& more = s.finished[f];
+    add(load4(more.tensor, shared_element(s, position, channel, more.samples)), more.gain);
+  }
+  if (s.nudge) add(x.nudge, sample < s.second ? s.nudge_gain : -s.nudge_gain);
 #pragma unroll
   for (int j = 0; j < 4; ++j) a.x[j] *= s.slope;
+  const int64_t at = static_cast<int64_t>(position) * s.channels + channel;
   if (s.pre_out) store4(s.pre_out, at, a);
-  const Four old = s.old ? load4(s.old, s.state_type, at) : Four{};
-  const Four pre = s.pre ? load4(s.pre, shared(s.pre_samples)) : Four{};
   const Dynamics<float> dynamics{s.form, s.damping, s.slope, s.lo, s.hi, s.scale};
   Four fresh;
   float change = 0.0f;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const float next = next_state(dynamics, old.x[j], a.x[j], pre.x[j]);
+    const float next = next_state(dynamics, x.old.x[j], a.x[j], x.pre.x[j]);
     fresh.x[j] = channel + j < s.real_channels ? rounded(next, s.state_type) : 0.0f;
-    change = larger(change, fabsf(fresh.x[j] - old.x[j]) / s.scale);
+    change = larger(change, fabsf(fresh.x[j] - x.old.x[j]));
   }
   store4(s.fresh, s.state_type, at, fresh);
   if (s.operand) store4(s.operand, s.operand_copy, at, fresh);
   if (s.unpool.map) {
-    const int32_t pixel = position - sample * per_sample;
-    const uint32_t won = s.unpool.pool == Pool::kMax ? load4(s.unpool.winners, shared(s.unpool.winners_samples)) : 0;
-    unpool4(s.unpool, sample, pixel / s.width, pixel % s.width, s.channels, channel, won, fresh);
+    const int32_t pixel = position - sample * (s.height * s.width);
+    unpool4(s.unpool, sample, pixel / s.width, pixel % s.width, s.channels, channel, x.won, fresh);
   }
   return change;
 }
@@ -109,16 +134,30 @@ __global__ void __launch_bounds__(G::kThreads, 1) step_kernel(const __grid_const
   constexpr int kRun = G::kRows / (G::kThreads / kLanes);
   static_assert(kLanes == 16 || kLanes == 32, "a warp holds whole positions");
   const int column = threadIdx.x % kLanes * 4, channel = first_channel + column;
-  Residual<kLanes> residual(s.residual + static_cast<int64_t>(sweep) * s.n);
-  for (int i = 0; i < kRun; ++i) {
-    const int row = threadIdx.x / kLanes * kRun + i;
-    const int32_t position = first + row, sample = min(position / per_sample, s.n - 1);
-    float change = 0.0f;
-    if (position < count && channel < s.channels) {
-      const float4 sum = *reinterpret_cast<const float4*>(tile + staged_at<G::kColumns>(row, column));
-      change = update4(s, {{sum.x, sum.y, sum.z, sum.w}}, position, sample, channel);
+  const bool inside = channel < s.channels;
+  const Four bias = s.bias && inside ? load4(s.bias, channel) : Four{};
+  Residual<kLanes> residual(s.residual + static_cast<int64_t>(sweep) * s.n, s.scale);
+  // positions whose reads are on their way at the same time: where few blocks are resident, nothing else hides them
+  constexpr int kTogether = G::kRows * G::kColumns / G::kThreads >= 128 ? 4 : 2;
+  static_assert(kRun % kTogether == 0);
+  const int32_t run = threadIdx.x / kLanes * kRun;
+  for (int i = 0; i < kRun; i += kTogether) {
+    Reads reads[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int32_t position = first + run + i + j;
+      if (position < count && inside) reads[j] = read4(s, position, channel);
     }
-    residual.add(sample, change);
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int32_t row = run + i + j, position = first + row, sample = min(position / per_sample, s.n - 1);
+      float change = 0.0f;
+      if (position < count && inside) {
+        const Four sum = load4(tile, staged_at<G::kColumns>(row, column));
+        change = update4(s, sum, bias, reads[j], position, sample, channel);
+      }
+      residual.add(sample, change);
+    }
   }
   residual.flush();
   if (s.finish) finish_sweep(s, sweep);

@@ -52,7 +52,7 @@ __device__ inline float* gemm_tile(const Loop* loops, int count, const Positions
   Fetch<G> fetch(loops, count, positions, first_position, first_row, rows);
   // Two stages are not on their way: the one that is multiplied, and the one before it, whose products may be
   // unfinished.
-#pragma unroll
+#pragma unroll 1  // a fetch is long code
   for (int s = 0; s < kStages - 2; ++s) {
     fetch(shared + s * G::kStageBytes);
     ptx::copy_commit();

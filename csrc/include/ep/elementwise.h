@@ -59,9 +59,14 @@ struct Dynamics {
 // a of the free equilibrium (delta forms).
 template <typename T>
 EP_HD inline T next_state(const Dynamics<T>& d, T old, T a, T pre) {
-  T target = clamp(a, d.lo, d.hi);
-  if (d.form == Form::kDelta) target = delta_clip(pre, a, d.lo, d.hi, d.scale);
-  if (d.form == Form::kTangent) target = tangent_clip(pre, a, d.lo, d.hi);
+  T target;
+  if (d.form == Form::kStates) {
+    target = clamp(a, d.lo, d.hi);
+  } else if (d.form == Form::kDelta) {
+    target = delta_clip(pre, a, d.lo, d.hi, d.scale);
+  } else {
+    target = tangent_clip(pre, a, d.lo, d.hi);
+  }
   if (d.damping == T(1)) return target;
   target = damp(old, target, d.damping);
   return d.damping > T(1) ? clamp(target, d.lo, d.hi) : target;

@@ -16,7 +16,6 @@
 #define __host__
 #define __constant__
 #define __grid_constant__
-#define __shared__ static  // blocks run one after another
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))

@@ -12,6 +12,7 @@ inline unsigned char* shared_memory() { return host::shared_memory(); }
 
 // From its issue until its wait what a copy writes is NaNs: the hardware may write at any time between.
 inline void copy_async(void* shared, const void* global, bool valid) { host::copy_async(shared, global, valid); }
+inline void copy_async_cached(void* shared, const void* global, bool valid) { host::copy_async(shared, global, valid); }
 inline void copy_commit() { host::copy_commit(); }
 template <int pending>
 void copy_wait() {
