@@ -122,62 +122,51 @@ class FetchPositions {
   // Channels from `row` of `above`, from `column` of `below` shifted to tap (r, s); positions [first, end).
   __device__ FetchPositions(const Contrast& c, int32_t first, int32_t end, int32_t row, int32_t column, int32_t r,
                             int32_t s)
-      : c_(c),
-        end_(end),
-        row_(row + static_cast<int32_t>(threadIdx.x) % kAChunks * kPer),
-        column_(column + static_cast<int32_t>(threadIdx.x) % kBChunks * kPer),
-        r_(r),
-        s_(s) {
+      : c_(c), first_(first), end_(end), r_(r - c.padding_h), s_(s - c.padding_w) {
+    row_ = row + static_cast<int32_t>(threadIdx.x) % kAChunks * kPer;
+    column_ = column + static_cast<int32_t>(threadIdx.x) % kBChunks * kPer;
     // an advance by one stage is the same for all threads: so many samples, rows and columns, and what carries
-    step_w_ = C::kPositions % c.width;
-    step_h_ = C::kPositions / c.width % c.height;
-    step_n_ = C::kPositions / (c.width * c.height);
-    rewind(first);
+    const int32_t step_n = C::kPositions / (c.width * c.height);
+    step_x_ = C::kPositions % c.width * c.stride_w;
+    step_y_ = C::kPositions / c.width % c.height * c.stride_h;
+    step_ = (step_n * c.below_height + step_y_) * c.below_width + step_x_;
+    rewind();
   }
 
-  __device__ void rewind(int32_t first) {
-    above_ = first + static_cast<int32_t>(threadIdx.x) / kAChunks;
+  // Back to the first position.
+  __device__ void rewind() {
+    position_ = first_;
 #pragma unroll
     for (int i = 0; i < kBRows; ++i) {
-      const int32_t p = first + static_cast<int32_t>(threadIdx.x) / kBChunks + i * kBApart;
-      w_[i] = p % c_.width;
-      h_[i] = p / c_.width % c_.height;
-      n_[i] = p / (c_.width * c_.height);
+      const int32_t p = first_ + static_cast<int32_t>(threadIdx.x) / kBChunks + i * kBApart;
+      x_[i] = p % c_.width * c_.stride_w + s_;
+      y_[i] = p / c_.width % c_.height * c_.stride_h + r_;
+      pixel_[i] = (p / (c_.width * c_.height) * c_.below_height + y_[i]) * c_.below_width + x_[i];
     }
-    below_ = first + static_cast<int32_t>(threadIdx.x) / kBChunks;
   }
 
   __device__ void operator()(unsigned char* stage, const Pair& pair) {
     const int a_chunk = threadIdx.x % kAChunks, a_row = threadIdx.x / kAChunks;
+    const auto* above = static_cast<const unsigned char*>(pair.above) +
+                        (static_cast<int64_t>(position_ + a_row) * c_.rows + row_) * C::kElement;
 #pragma unroll
     for (int i = 0; i < kARows; ++i) {
-      const int32_t p = above_ + i * kAApart;
-      const bool valid = p < end_ && row_ < c_.rows;
-      const int64_t at = (static_cast<int64_t>(p) * c_.rows + row_) * C::kElement;
+      const bool valid = position_ + a_row + i * kAApart < end_ && row_ < c_.rows;
       ptx::copy_async(stage + transposed_at<C::kProducts>(a_row + i * kAApart, a_chunk, C::kRows * C::kElement),
-                      static_cast<const unsigned char*>(pair.above) + (valid ? at : 0), valid);
+                      above + static_cast<int64_t>(i * kAApart) * c_.rows * C::kElement, valid);
     }
-    above_ += C::kPositions;
     const int b_chunk = threadIdx.x % kBChunks, b_row = threadIdx.x / kBChunks;
+    const auto* below = static_cast<const unsigned char*>(pair.below) + column_ * C::kElement;
+    unsigned char* to = stage + C::kABytes;
 #pragma unroll
     for (int i = 0; i < kBRows; ++i) {
-      const int32_t y = h_[i] * c_.stride_h + r_ - c_.padding_h, x = w_[i] * c_.stride_w + s_ - c_.padding_w;
-      const bool valid = below_ + i * kBApart < end_ && column_ < c_.columns && y >= 0 && y < c_.below_height &&
-                         x >= 0 && x < c_.below_width;
-      const int64_t pixel = (static_cast<int64_t>(n_[i]) * c_.below_height + y) * c_.below_width + x;
-      const int64_t at = (pixel * c_.columns + column_) * C::kElement;
-      ptx::copy_async(
-          stage + C::kABytes + transposed_at<C::kProducts>(b_row + i * kBApart, b_chunk, C::kColumns * C::kElement),
-          static_cast<const unsigned char*>(pair.below) + (valid ? at : 0), valid);
-      w_[i] += step_w_;
-      const bool over_w = w_[i] >= c_.width;
-      w_[i] -= over_w ? c_.width : 0;
-      h_[i] += step_h_ + over_w;
-      const bool over_h = h_[i] >= c_.height;
-      h_[i] -= over_h ? c_.height : 0;
-      n_[i] += step_n_ + over_h;
+      const bool valid = position_ + b_row + i * kBApart < end_ && column_ < c_.columns && y_[i] >= 0 &&
+                         y_[i] < c_.below_height && x_[i] >= 0 && x_[i] < c_.below_width;
+      ptx::copy_async(to + transposed_at<C::kProducts>(b_row + i * kBApart, b_chunk, C::kColumns * C::kElement),
+                      below + static_cast<int64_t>(pixel_[i]) * c_.columns * C::kElement, valid);
+      advance(i);
     }
-    below_ += C::kPositions;
+    position_ += C::kPositions;
   }
 
  private:
@@ -188,11 +177,29 @@ class FetchPositions {
   static_assert(C::kThreads % kAChunks == 0 && C::kThreads % kBChunks == 0);
   static_assert(C::kPositions % kAApart == 0 && C::kPositions % kBApart == 0);
 
+  // Row i of this thread goes on by kPositions.
+  __device__ void advance(int i) {
+    const int32_t across = c_.width * c_.stride_w, down = c_.height * c_.stride_h;
+    x_[i] += step_x_;
+    y_[i] += step_y_;
+    pixel_[i] += step_;
+    if (x_[i] >= across + s_) {  // into the next row of the map above
+      x_[i] -= across;
+      y_[i] += c_.stride_h;
+      pixel_[i] += c_.stride_h * c_.below_width - across;
+    }
+    if (y_[i] >= down + r_) {  // into the next sample
+      y_[i] -= down;
+      pixel_[i] += (c_.below_height - down) * c_.below_width;
+    }
+  }
+
   const Contrast& c_;
-  int32_t end_, row_, column_, r_, s_;
-  int32_t step_w_, step_h_, step_n_;
-  int32_t above_, below_;  // first position of this thread in the next stage
-  int32_t w_[kBRows], h_[kBRows], n_[kBRows];
+  int32_t first_, end_, r_, s_;  // where the tap's offset to the position above it includes the padding
+  int32_t row_, column_;
+  int32_t step_x_, step_y_, step_;
+  int32_t position_;                               // first of the next stage
+  int32_t x_[kBRows], y_[kBRows], pixel_[kBRows];  // in the map below; outside it too
 };
 
 template <typename C>
@@ -225,7 +232,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) contrast_kernel(const __grid_c
   }
   FetchPositions<C> next(c, first, end, row, column, r, s);
   const auto fetch = [&](int32_t i) {
-    if (i == stages) next.rewind(first);
+    if (i == stages) next.rewind();
     if (i < total) {
       next(shared + i % kStages * C::kStageBytes,
            i < stages ? Pair{c.difference_above, c.mean_below} : Pair{c.mean_above, c.difference_below});
