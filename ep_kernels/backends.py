@@ -307,7 +307,7 @@ def _rebuild() -> str:
     root = _library.PACKAGE.parent
     if (root / "CMakeLists.txt").is_file():
         return f"EP_KERNELS_BUILD=cuda pip install --no-build-isolation -e {root}"
-    return "EP_KERNELS_BUILD=cuda pip install --force-reinstall --no-deps --no-binary ep-kernels ep-kernels"
+    return "EP_KERNELS_BUILD=cuda pip install --no-build-isolation --force-reinstall --no-deps . (in a clone of ep-kernels)"
 
 
 def _gpu_refusal(name: str, device: torch.device | None, dtype: torch.dtype | None) -> str | None:
@@ -320,7 +320,10 @@ def _gpu_refusal(name: str, device: torch.device | None, dtype: torch.dtype | No
             return f"it needs compute capability 8.0 or newer, {device} has {major}.{minor}"
         archs = _archs() if name == "cuda" else ()
         if archs and not covered(archs, (major, minor)):
-            return f"this build has kernels for compute capability {', '.join(archs)}; {device} has {major}.{minor}"
+            return (
+                f"this build has kernels for compute capability {', '.join(archs)}; {device} has {major}.{minor}: "
+                f"build again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+            )
     if dtype is not None and dtype not in GPU_DTYPES:
         return f"it computes in float32, float16 and bfloat16, these are {dtype}"
     return None

@@ -9,14 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from ep_kernels import backends, functional, ops
-from tests.host.build import host_module
+from ep_kernels import _library, backends, functional, ops
+from tests.host.build import host_module, missing
 
 OPS = ("drive", "relax_step", "contrast", "relax")
 
 
 def harness() -> Any:
-    """The module of the host run: its settings and counters; skips where it cannot be built."""
+    """The module of the host run: its settings and counters; skips where it cannot be built, or has no library beside it."""
+    reason = missing()
+    if reason is not None:
+        pytest.skip(reason)
+    error = _library.load_error()  # which checks the arguments' shapes for the host run as well
+    if error is not None:
+        pytest.skip(f"needs the compiled library too: {error}")
     return host_module("ep_host")
 
 

@@ -38,8 +38,9 @@ def cuobjdump() -> str | None:
 
 TOOL = cuobjdump()
 pytestmark = [
+    pytest.mark.skipif(not INFO, reason=f"no library in {_library.PACKAGE}: python setup.py build_ext --inplace"),
     pytest.mark.skipif(INFO.get("build") != "cuda", reason="the library was built without CUDA"),
-    pytest.mark.skipif(TOOL is None, reason="needs cuobjdump, of a CUDA toolkit or triton"),
+    pytest.mark.skipif(TOOL is None, reason="needs cuobjdump: of a CUDA toolkit, or pip install triton"),
 ]
 
 

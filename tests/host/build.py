@@ -36,7 +36,7 @@ def missing() -> str | None:
         if tool(name) is None:
             return f"the host run needs {name}"
     if importlib.util.find_spec("pybind11") is None:
-        return "the host run needs pybind11"
+        return "the host run needs pybind11: pip install pybind11"
     return None
 
 

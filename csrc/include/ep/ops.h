@@ -2,9 +2,18 @@
 // (>= 2.10); tensors on the CPU or a CUDA device, by way of torch's dispatcher.
 //
 // A program links to ep_kernels::ep_kernels (CMake) or loads libep_kernels.so before the first call, and has torch's
-// libraries: example in tests/package/consumer. Conventions (layouts, geometry lists, codes of pool, form, operands and
-// storage, absent tensors) are those of csrc/ops.cpp; equations: docs/concepts.md. Arguments are checked: an error is a
-// std::runtime_error, whose reason torch writes to stderr or keeps in the exception, depending on its version.
+// libraries: docs/cuda.md, tests/package/consumer. Arguments are checked: an error is a std::runtime_error, whose reason
+// torch writes to stderr or keeps in the exception, depending on its version. gamma a, below, is the slope times the
+// pre-activation.
+//
+// Conventions shared by all: maps are [B, C, H, W] in channels_last memory (other layouts are copied), vectors [B, F];
+// stride and padding are (height, width) pairs; pool is 0 none, 1 max, 2 average (2x2, stride 2, floor); winners are
+// uint8 0..3, row-major in the window; form is 0 states, 1 delta, 2 tangent. A tensor with fewer samples than the batch
+// is read modulo its own batch. Geometry lists hold (stride h, w, padding h, w, pool) per
+// connection (of a linear one 1, 1, 0, 0, 0). In lists of
+// tensors an empty 1-d tensor stands for an absent one. operands (of convolutions and matrix products) are 0 in the
+// tensors' own dtype, 1 tf32, 2 float16, 3 bfloat16; storage (of states and deltas) is 0 own, 1 float16; a backend may
+// lack some, see its sources. Equations: docs/concepts.md; semantics: ep_kernels/reference.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
