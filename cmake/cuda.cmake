@@ -1,6 +1,6 @@
 # Whether CUDA is built, by which nvcc and for which architectures.
 #
-# ep_choose_cuda() sets EP_BUILD_KIND (cpu or cuda), EP_NOTE (why auto builds no CUDA, else empty) and, for CUDA, EP_NVCC,
+# ep_choose_cuda() sets EP_BUILD_KIND (cpu or cuda), EP_NOTE (why auto builds no CUDA, else empty) and, for CUDA, EP_NVCC_PATH,
 # EP_CUDA_VERSION, EP_CUDA_ARCH_NAMES (as TORCH_CUDA_ARCH_LIST has them) and CMAKE_CUDA_ARCHITECTURES.
 # Neither a GPU nor a CUDA build of torch is needed.
 
@@ -96,9 +96,8 @@ function(ep_cuda_architectures nvcc asked names architectures)
   set(kept "")
   foreach(name IN LISTS expanded)
     if(name MATCHES "^[0-7]\\.")  # lists made for all of torch's devices have such
-      set(text "TORCH_CUDA_ARCH_LIST: expected 8.0 or newer (the kernels copy with cp.async, which older devices lack); "
-        "got '${name}'")
-      string(CONCAT text ${text})
+      string(CONCAT text "TORCH_CUDA_ARCH_LIST: expected 8.0 or newer (the kernels copy with cp.async, which older "
+        "devices lack); got '${name}'")
       if(EP_KERNELS_BUILD STREQUAL "cuda")
         message(FATAL_ERROR "${text}. Leave it out of the list, or unset the variable")
       endif()

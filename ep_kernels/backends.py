@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import _library, ops, races, reference, relax_op
 from .gradients import AllContrasts
+from .graphs import one_capture
 from .relaxation import Contrast, Relaxation, Relaxed, relax_reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -130,6 +131,9 @@ def relax(relaxation: Relaxation, name: str | None = None) -> Relaxed:
         from . import triton
 
         return triton.relax(relaxation)
+    if chosen == "cuda" and not torch.compiler.is_compiling():
+        with one_capture:  # the second call of a signature captures
+            return relax_op.relax(relaxation)
     return relax_op.relax(relaxation)
 
 
@@ -168,12 +172,20 @@ def run_job(job: Job, name: str) -> object:
     return relax(job, name) if isinstance(job, Relaxation) else contrasts(job, name)
 
 
-@lru_cache(maxsize=16)
 def machine(device: torch.device) -> races.Machine:
     """A CUDA device and what runs on it, as the times of races are kept."""
+    return _machine(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache(maxsize=16)
+def _machine(index: int) -> races.Machine:
     from . import __version__
 
-    return races.Machine(torch.cuda.get_device_name(device), __version__, _triton_version())
+    build = _library.build_info()
+    compiled = (
+        f"{build.get('cuda')} {' '.join(_archs())}{' wgmma' if os.environ.get('EP_KERNELS_WGMMA') == '1' else ''}"
+    )
+    return races.Machine(torch.cuda.get_device_name(index), __version__, _triton_version(), compiled)
 
 
 def _record(job: Job) -> None:
@@ -307,7 +319,8 @@ def _rebuild() -> str:
     root = _library.PACKAGE.parent
     if (root / "CMakeLists.txt").is_file():
         return f"EP_KERNELS_BUILD=cuda pip install --no-build-isolation -e {root}"
-    return "EP_KERNELS_BUILD=cuda pip install --no-build-isolation --force-reinstall --no-deps . (in a clone of ep-kernels)"
+    command = "EP_KERNELS_BUILD=cuda pip install --no-build-isolation --force-reinstall --no-deps ."
+    return f"{command} (in a clone of ep-kernels)"
 
 
 def _gpu_refusal(name: str, device: torch.device | None, dtype: torch.dtype | None) -> str | None:

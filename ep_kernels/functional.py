@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import _library, ops, reference
 from .backends import choose
 from .network import POOLS, Pool
 from .plan import FORMS, Form
@@ -331,10 +331,15 @@ def _geometry(neighbours: Sequence[Neighbour]) -> list[int]:
 
 
 def _where(device: torch.device, dtype: torch.dtype) -> str:
-    """What runs on such tensors: ``reference``, ``ops`` (the compiled ones, for every device) or ``triton``."""
+    """What runs on such tensors: ``reference``, ``ops`` (the compiled ones, for every device) or ``triton``.
+
+    ``kernels`` are Triton's where there is no library, from which its ops have their schemas.
+    """
     chosen = choose(device, dtype)
     if chosen == "reference":
         return chosen
+    if chosen == "triton" and _library.load_error() is not None:
+        return "kernels"
     ops.ensure()
     return "triton" if chosen == "triton" else "ops"
 
@@ -345,7 +350,11 @@ _where._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _op(where: str, name: str) -> Any:
-    """The function of :mod:`ep_kernels.ops` that runs an op there."""
+    """The function that runs an op there."""
+    if where == "kernels":
+        from .triton import ops as kernels
+
+        return getattr(kernels, name)
     return getattr(ops, f"triton_{name}" if where == "triton" else name)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-_one_capture = threading.Lock()  # torch allows one at a time in a process
+one_capture = threading.Lock()  # torch allows one at a time in a process
 
 
 class Graphs:
@@ -38,7 +38,7 @@ class Graphs:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         graph = torch.cuda.CUDAGraph()
         with (
-            _one_capture,
+            one_capture,
             torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
         ):
             launch()

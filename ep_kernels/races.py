@@ -1,6 +1,6 @@
 """Which backend is the fastest on a GPU: relaxations and contrasts timed on each by ``ep-kernels tune``, and kept.
 
-    {"format": 1, "device": "NVIDIA H200", "ep_kernels": "0.1.0", "triton": "3.9.0",
+    {"format": 1, "device": "NVIDIA H200", "ep_kernels": "0.1.0", "triton": "3.9.0", "cuda": "13.0 9.0a",
      "races": {"relax n=128 ...": {"winner": "cuda", "microseconds": {"cuda": 610.2, "triton": 655.0}}}}
 
 A key holds what the time depends on: shapes and connections, batch, phases, form, precision; not the values. Choosing
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,10 @@ class Machine:
     device: str
     ep_kernels: str
     triton: str
+    cuda: str = ""  # of the compiled kernels: toolkit, architectures
 
     def identity(self) -> dict[str, object]:
-        return {"format": FORMAT, "device": self.device, "ep_kernels": self.ep_kernels, "triton": self.triton}
+        return {"format": FORMAT, **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def relaxation_key(r: Relaxation) -> str:
     """A relaxation as text. Its number of sweeps is no part of it: all of them cost about the same."""
     return (
         f"relax n={r.batch} phases={r.phases} form={r.form}{' nudged' if r.targets or r.extra else ''} "
-        f"operands={_name(r.operands)} storage={_name(r.storage)} deferred={r.plan.deferred} {_network(r.network)}"
+        f"operands={_name(r.operands)} storage={_name(r.storage)} "
+        f"frozen={r.frozen} order={_by(r.plan.order)}{' deferred' if r.plan.deferred else ''} {_network(r.network)}"
     )
 
 

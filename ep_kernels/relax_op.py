@@ -71,7 +71,7 @@ def contrast(
 
 
 def flat(r: Relaxation) -> tuple[Any, ...]:
-    """The op's arguments, in the order of its schema (csrc/ops.cpp)."""
+    """The op's arguments, in the order of its schema (csrc/schemas.h)."""
     net = r.network
     weight = r.weights[0]
     none = weight.new_empty(0)

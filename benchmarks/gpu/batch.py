@@ -82,15 +82,6 @@ def true_batch(options: Options, batch: int, setting: str) -> Parameters:
     return ep_gradients(exact.network, exact.parameters, exact.x, exact.targets, config, backend="reference")[0]
 
 
-def _forget() -> None:
-    """Programs that Triton keeps. Those of cuda stay: what it keeps is part of the memory of its first calls, and these
-    are the ones that are measured."""
-    if backends.why_not("triton") is None:
-        from ep_kernels import triton
-
-        triton.clear()
-
-
 def our_batch(options: Options, batch: int, setting: str, precision: Precision, on: str) -> Row:
     """``ep_gradients``."""
     p = problem(options, batch)
@@ -100,7 +91,7 @@ def our_batch(options: Options, batch: int, setting: str, precision: Precision, 
         return ep_gradients(p.network, p.parameters, p.x, p.targets, config, backend=backend_of(on))[0]
 
     expected = true_batch(options, batch, setting)
-    memory = peak_memory(lambda: [work() for _ in range(3)], fresh=_forget)
+    memory = peak_memory(lambda: [work() for _ in range(3)], fresh=backends.release)
     error = check(_gradient_error(work(), expected), precision.gradient_error)
     times = called(f"ours {precision.name}, {on}", work, rounds=8 if options.quick else 15)
     found = speed(options, batch_flops(p.network, config, batch), times.median, precision.rate)
@@ -199,7 +190,7 @@ def long_memory(options: Options, batch: int, on: str | None) -> Row:
             return bptt_gradients(p.network, p.parameters, p.x, p.targets, config, steps=60)
         return ep_gradients(p.network, p.parameters, p.x, p.targets, config, backend=backend_of(on))
 
-    memory = peak_memory(work, fresh=_forget)
+    memory = peak_memory(work, fresh=backends.release)
     times = called("BPTT" if on is None else f"ours tf32, {on}", work, rounds=3, warmup=1)
     found = {} if on is None else {"backend": on}
     return {"batch": batch, "setting": "60 sweeps", "variant": times.name, **found, **times.row(), "memory": memory}

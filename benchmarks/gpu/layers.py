@@ -55,13 +55,13 @@ def jobs(options: Options) -> list[Job]:
     for b in batches:
         for name in OURS if "triton" in contenders(options) else ():
             found += [Job(f"{b}/{i}/ours {name}", partial(ours, options, PRECISIONS[name], b, i)) for i in nodes]
+        if not options.backends:
+            found += [Job(f"{b}/{i}/eager", partial(eager, options, b, i, "indices", False)) for i in nodes]
         for on in contenders(options):
-            for name in OPS:
+            for name in OPS if b == batches[0] else ():
                 found += [
                     Job(f"{b}/{i}/ours {name} ops, {on}", partial(our_ops, options, b, i, name, on)) for i in nodes
                 ]
-        if not options.backends:
-            found += [Job(f"{b}/{i}/eager", partial(eager, options, b, i, "indices", False)) for i in nodes]
     if options.backends:
         return found
     b = batches[0]

@@ -103,7 +103,9 @@ def wgmma_runs(device: str) -> bool:
     """Whether the wgmma main loop of the backend cuda can be timed here: it is opt-in, so it gets rows of its own."""
     if device != "cuda" or not torch.cuda.is_available() or backends.why_not("cuda", "cuda") is not None:
         return False
-    return torch.cuda.get_device_capability() == (9, 0) and "9.0a" in _library.build_info().get("cuda_archs", ())
+    return torch.cuda.get_device_capability() == (9, 0) and any(
+        arch.startswith("9.0a") for arch in _library.build_info().get("cuda_archs", ())
+    )
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from benchmarks.gpu import commands, report
 from benchmarks.gpu.problem import SECTIONS, WGMMA, Options, wgmma_runs
 from benchmarks.gpu.rows import BROKEN, Job, close_started, read
 from benchmarks.machine import cpu_name, revision
+from ep_kernels import _library
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARES = {"tests": 120, "sanitizer": 90, "rates": 15, "layers": 115, "relaxation": 65, "batch": 75, "cosine": 40}
@@ -72,6 +73,10 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks.gpu needs a CUDA device, and torch sees none here; --dry-run lists what it would run",
               file=sys.stderr)  # fmt: skip
         return 2
+    error = _library.load_error()
+    if args.device == "cuda" and error is not None:  # the checkout's package hides an installed one
+        print(f"benchmarks.gpu needs the compiled library in this checkout: {error}", file=sys.stderr)
+        return 2
     out = folder(args)
     out.mkdir(parents=True, exist_ok=True)
     (out / "rows.jsonl").write_text("")
@@ -111,7 +116,7 @@ def dry_run(args: argparse.Namespace) -> str:
     for section in args.sections:
         lines += ["", f"{section} (about {SHARES[section]} s)"]
         if section == "tests":
-            lines.append("  " + " ".join(commands.tests_command(commands.workers())))
+            lines += ["  " + " ".join(commands.tests_command(commands.workers(), name)) for name in ("cuda", "triton")]
         elif section == "sanitizer":
             lines += ["  " + " ".join(commands.sanitizer_command(*run)) for run in commands.sanitizer_runs()]
         else:
@@ -170,7 +175,7 @@ class Run:
         options = options_of(self.args, section, self.out, deadline)
         if wgmma:
             options = replace(options, backends=(WGMMA,))
-        extra = {"EP_KERNELS_WGMMA": "1"} if wgmma else None
+        extra = {"EP_KERNELS_WGMMA": "1" if wgmma else "0"}
         command = [sys.executable, "-m", "benchmarks.gpu.section", options.json()]
         for _ in range(6):
             left = deadline - time.time()

@@ -9,7 +9,7 @@ namespace ep {
 Geometry check_drive(const Rules& rules, const Tensor& source, const Tensor& weight, const Ints& stride,
                      const Ints& padding, int64_t pool, const std::optional<Tensor>& winners);
 
-// In the order of the schemas (csrc/ops.cpp).
+// In the order of the schemas (csrc/schemas.h).
 struct StepArguments {
   const Tensor& state;
   const std::optional<Tensor>& bias;

@@ -7,7 +7,7 @@
 
 namespace ep {
 
-// In the order of the schema (csrc/ops.cpp).
+// In the order of the schema (csrc/schemas.h).
 struct RelaxArguments {
   const Tensors &states, &weights, &biases, &drives, &winners, &free, &preactivations, &heads, &extra;
   const Ints &shapes, &connections, &head_spec, &program;

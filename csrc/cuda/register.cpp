@@ -1,4 +1,4 @@
-// The CUDA kernels as torch ops: behind the schemas of csrc/ops.cpp, or (tests/host) as ops of CPU tensors.
+// The CUDA kernels as torch ops: behind the schemas of csrc/schemas.h, or (tests/host) as ops of CPU tensors.
 #include <torch/csrc/stable/library.h>
 
 #include "../schemas.h"

@@ -16,7 +16,7 @@ OPS = ("drive", "relax_step", "contrast", "relax")
 
 
 def harness() -> Any:
-    """The module of the host run: its settings and counters; skips where it cannot be built, or has no library beside it."""
+    """The module of the host run: its settings and counters; skips where it cannot be built or lacks the library."""
     reason = missing()
     if reason is not None:
         pytest.skip(reason)

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ep_kernels import backends
+from ep_kernels import _library, backends
 from tests.gpu.device import CUDA, DEVICE, INTERPRETED, PRECISIONS, REASON
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marker and skip for every test of this folder."""
+    """Marker and skip for every test of this folder. On a device a library that does not load is no reason to skip."""
+    error = _library.load_error()
+    if CUDA and error is not None:
+        pytest.exit(f"tests/gpu: {error}", returncode=4)
     for item in items:
         if item.path.parent.name == "gpu" and item.path.parent.parent.name == "tests":
             item.add_marker(pytest.mark.gpu)

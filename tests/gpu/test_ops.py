@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -146,6 +147,7 @@ def test_float64_is_left_to_the_reference(on: str) -> None:
 
 def test_compiled(cuda: torch.device, on: str) -> None:
     """torch.compile around functional ops."""
+    pytest.importorskip("triton", reason="torch.compile needs triton on a GPU")
     new = Maker(torch.float32, 5)
     x, state, above = moved(new(2, 16, 12, 12)), moved(new(2, 32, 6, 6)), moved(new(2, 16, 6, 6))
     weight, up, bias = moved(new(32, 16, 3, 3) / 12), moved(new(16, 32, 3, 3) / 17), moved(new(32))
@@ -164,6 +166,7 @@ def test_compiled(cuda: torch.device, on: str) -> None:
 
 def test_relax_compiled(on: str, cuda: torch.device) -> None:
     """torch.compile around the op that runs a whole relaxation."""
+    pytest.importorskip("triton", reason="torch.compile needs triton on a GPU")
     here = on_device(random_problem(NETWORKS["max"]))
     with backends.recorded() as jobs:
         ep_gradients(here.network, here.parameters, here.x, here.targets, RelaxConfig(), backend=on)
@@ -180,3 +183,13 @@ def test_relax_compiled(on: str, cuda: torch.device) -> None:
 
         torch.compiler.reset()
         assert_equal(torch.compile(run, fullgraph=True)(*lists), run(*lists))
+
+
+@pytest.mark.skipif(os.environ.get("EP_KERNELS_WGMMA") != "1", reason="run by test_cuda_with_wgmma")
+def test_wgmma_is_used(cuda: torch.device) -> None:
+    """What the tests beside this one saw."""
+    source, weight = torch.rand(4, 64, 16, 16, device=cuda).half(), torch.rand(128, 64, 3, 3, device=cuda).half()
+    with backend("cuda"), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        functional.drive(source, weight, (1, 1), (1, 1), "max")
+        torch.cuda.synchronize()
+    assert any("Warpgroup" in event.key for event in profiler.key_averages()), profiler.key_averages()

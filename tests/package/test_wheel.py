@@ -251,7 +251,6 @@ def test_cpu_does_not_look_for_nvcc(sources: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("archs", "got", "reason"),
     [
-        ("7.5;8.0", "7.5", "expected 8.0 or newer (the kernels copy with cp.async, which older devices lack)"),
         ("8.0 9.9", "9.9", "expected some of 8.0 8.6 9.0 10.0 12.0"),
         ("8.0,8.0a", "8.0a", "expected some of"),
         ("sm_80", "sm_80", "expected some of"),
@@ -269,11 +268,29 @@ def test_architectures_that_cannot_be_are_refused(
         assert part in words(done.stderr)
 
 
+def test_architectures_that_are_too_old_are_left_out(sources: Path, tmp_path: Path) -> None:
+    """Containers set the variable for all of torch's devices. With EP_KERNELS_BUILD=cuda it is an error."""
+    compiler = nvcc(tmp_path, WORKS)
+    message = "expected 8.0 or newer (the kernels copy with cp.async, which older devices lack); got '7.5'"
+    asked = configure(
+        sources, tmp_path / "a", "-DEP_KERNELS_BUILD=cuda", CUDACXX=compiler, TORCH_CUDA_ARCH_LIST="7.5 8.0"
+    )
+    assert asked.returncode != 0
+    assert f"TORCH_CUDA_ARCH_LIST: {message}" in words(asked.stderr)
+    none = configure(sources, tmp_path / "b", CUDACXX=compiler, TORCH_CUDA_ARCH_LIST="7.5")
+    assert none.returncode == 0, none.stderr
+    assert message in words(none.stderr)
+    info = json.loads((tmp_path / "b" / "build.json").read_text())
+    assert (info["build"], info["cuda"], info["cuda_archs"]) == ("cpu", None, [])
+    assert info["note"] == "TORCH_CUDA_ARCH_LIST names nothing of 8.0 or newer: '7.5'"
+
+
 @pytest.mark.parametrize(
     ("known", "asked", "names", "archs"),
     [
         ("75 80 86 90 100 120", "", "8.0 9.0a 10.0 12.0+PTX", "80-real 90a-real 100-real 120"),
         ("50 75 80 86 90", "", "8.0+PTX 9.0a", "80 90a-real"),
+        ("75 80 86 90", "7.5 8.0;9.0a", "8.0 9.0a", "80-real 90a-real"),
         ("75 80 86 90", "8.0;8.6 9.0a,9.0+PTX", "8.0 8.6 9.0a 9.0+PTX", "80-real 86-real 90a-real 90"),
         (
             "80 86 90 100 120",
