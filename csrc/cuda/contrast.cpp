@@ -30,16 +30,19 @@ End end_of(const EndArguments& a, Type type, const Place& place) {
   const Extent extent = extent_of(sizes(a.free));
   const int64_t batch = a.free.size(0);
   const Type own = type_of(a.free.scalar_type());
-  const Buffer free = new_map(batch, extent, own, a.free);
-  const Buffer delta = new_map(a.delta.size(0), extent, own, a.free);
+  const Buffer free = new_map(batch, extent, own, a.free, Start::kAny);
+  const Buffer delta = new_map(a.delta.size(0), extent, own, a.free, Start::kAny);
   std::vector<Copy> copies{fill_map(a.free, free), fill_map(a.delta, delta)};
   const Extent map{static_cast<int32_t>(a.size[0]), static_cast<int32_t>(a.size[1]), extent.channels};
-  const Buffer difference = new_map(batch, map, type, a.free), mean = new_map(batch, map, type, a.free);
+  // an odd last row or column is in no window
+  const bool odd = a.pool != Pool::kNone && (map.height % 2 != 0 || map.width % 2 != 0);
+  const Start start = odd ? Start::kZero : Start::kAny;
+  const Buffer difference = new_map(batch, map, type, a.free, start), mean = new_map(batch, map, type, a.free, start);
   Difference d{};
   std::optional<Buffer> won, sums;
   if (a.winners) {
     const int64_t given = a.winners->size(0);
-    won = new_map(std::max(given, batch), extent, Type::kByte, a.free);
+    won = new_map(std::max(given, batch), extent, Type::kByte, a.free, Start::kAny);
     for (int64_t n = 0; n < won->size[0]; n += given) {  // fewer samples than the states have are repeated
       Buffer part = *won;
       part.data = won->winners() + n * won->sample();
@@ -69,7 +72,7 @@ End end_of(const EndArguments& a, Type type, const Place& place) {
   const int64_t positions = batch * extent.height * extent.width;
   d.blocks = static_cast<int32_t>(std::min<int64_t>((positions + 63) / 64, 2 * place.device().processors));
   if (a.sums) {
-    sums = new_buffer({1, 1, d.blocks, d.channels}, Type::kFloat, a.free);
+    sums = new_buffer({1, 1, d.blocks, d.channels}, Type::kFloat, a.free, Start::kAny);
     d.sums = sums->floats();
   }
   launch(d, place.stream());
@@ -126,7 +129,7 @@ std::tuple<Tensor, Tensor> contrast(const Tensor& source, const std::optional<Te
           {source, *source_delta, Pool::kNone, nullptr, {from.height, from.width}, source_gain, centre, false}, type,
           place);
     }
-    const Buffer clamped = new_map(source.size(0), from, type, source);
+    const Buffer clamped = new_map(source.size(0), from, type, source, Start::kAny);
     launch(std::vector<Copy>{fill_map(source, clamped)}, place.stream());
     return {std::nullopt, clamped, std::nullopt};
   }();
@@ -160,14 +163,14 @@ std::tuple<Tensor, Tensor> contrast(const Tensor& source, const std::optional<Te
     c.padding_w = static_cast<int32_t>(padding[1]);
   }
   const int64_t floats = split(c, products, place.device());
-  const Buffer partial = new_buffer({1, 1, c.splits, floats / c.splits}, Type::kFloat, source);
+  const Buffer partial = new_buffer({1, 1, c.splits, floats / c.splits}, Type::kFloat, source, Start::kAny);
   c.partial = partial.floats();
   launch(c, products, place.stream());
 
-  const Buffer weights = new_buffer({c.rows, c.kernel_h, c.kernel_w, c.columns}, Type::kFloat, source);
+  const Buffer weights = new_buffer({c.rows, c.kernel_h, c.kernel_w, c.columns}, Type::kFloat, source, Start::kAny);
   launch(Sum{partial.floats(), c.splits, weights.elements(), static_cast<float>(scale * last), weights.floats()},
          place.stream());
-  const Buffer biases = new_buffer({1, 1, 1, c.rows}, Type::kFloat, source);
+  const Buffer biases = new_buffer({1, 1, 1, c.rows}, Type::kFloat, source, Start::kAny);
   launch(
       Sum{above.sums->floats(), above.sums->size[2], c.rows, static_cast<float>(scale * target_gain), biases.floats()},
       place.stream());

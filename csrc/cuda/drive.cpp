@@ -17,18 +17,18 @@ std::tuple<Tensor, Tensor> drive(const Tensor& source, const Tensor& weight, con
   const Place place(source);
   const Type type = type_of(source.scalar_type());
   const Extent from = extent_of(sizes(source)), to = extent_of(shape);
-  const Buffer map = new_map(shape[0], from, type, source);
-  const Buffer matrix = new_drive_matrix(weight, from, type, source);
-  const Buffer pooled = new_map(shape[0], to, Type::kFloat, source);
+  const Buffer map = new_map(shape[0], from, type, source, Start::kAny);
+  const Buffer matrix = new_drive_matrix(weight, from, type, source, Start::kAny);
+  const Buffer pooled = new_map(shape[0], to, Type::kFloat, source, Start::kAny);
   std::vector<Copy> copies{fill_map(source, map), fill_drive_matrix(weight, from, matrix)};
   Drive d = alone(drive_loop(g, map, matrix), 1.0, pooled, nullptr);
   d.pool = g.pool;
   std::optional<Buffer> given, found;
   if (live) {
-    found = new_map(shape[0], to, Type::kByte, source);
+    found = new_map(shape[0], to, Type::kByte, source, Start::kAny);
     d.winners_out = found->winners();
   } else if (max) {
-    given = new_map(winners->size(0), to, Type::kByte, source);
+    given = new_map(winners->size(0), to, Type::kByte, source, Start::kAny);
     copies.push_back(fill_map(*winners, *given));
     d.winners = given->winners();
     d.winners_samples = given->size[0];

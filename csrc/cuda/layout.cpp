@@ -71,32 +71,32 @@ ScalarType dtype_of(Type type) {
 
 int64_t Buffer::bytes() const { return elements() * element_bytes(type); }
 
-Buffer new_buffer(const Ints& size, Type type, const Tensor& like) {
+Buffer new_buffer(const Ints& size, Type type, const Tensor& like, Start start) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   const int64_t positions = size[0] * size[1] * size[2];
   EP_CHECK(positions <= kMost && size[3] <= kMost, "ep_kernels", "batch",
            "maps of at most 2^31 - 1 positions of as many channels", list(size));
   Tensor tensor = empty({positions * size[3]}, like, dtype_of(type));
-  torch::stable::zero_(tensor);
+  if (start == Start::kZero) torch::stable::zero_(tensor);
   Buffer buffer{tensor, tensor.mutable_data_ptr(), type, {}};
   std::copy(size.begin(), size.end(), buffer.size);
   return buffer;
 }
 
-Buffer new_map(int64_t n, const Extent& e, Type type, const Tensor& like) {
-  return new_buffer({n, e.height, e.width, padded(e.channels)}, type, like);
+Buffer new_map(int64_t n, const Extent& e, Type type, const Tensor& like, Start start) {
+  return new_buffer({n, e.height, e.width, padded(e.channels)}, type, like, start);
 }
 
-Buffer new_drive_matrix(const Tensor& weight, const Extent& source, Type type, const Tensor& like) {
+Buffer new_drive_matrix(const Tensor& weight, const Extent& source, Type type, const Tensor& like, Start start) {
   const int32_t rows = padded(weight.size(0)), columns = padded(source.channels);
-  if (weight.dim() == 2) return new_buffer({rows, source.height, source.width, columns}, type, like);
-  return new_buffer({rows, weight.size(2), weight.size(3), columns}, type, like);
+  if (weight.dim() == 2) return new_buffer({rows, source.height, source.width, columns}, type, like, start);
+  return new_buffer({rows, weight.size(2), weight.size(3), columns}, type, like, start);
 }
 
-Buffer new_feedback_matrix(const Tensor& weight, const Extent& source, Type type, const Tensor& like) {
+Buffer new_feedback_matrix(const Tensor& weight, const Extent& source, Type type, const Tensor& like, Start start) {
   const int32_t rows = padded(source.channels), columns = padded(weight.size(0));
-  if (weight.dim() == 2) return new_buffer({source.height, source.width, rows, columns}, type, like);
-  return new_buffer({rows, weight.size(2), weight.size(3), columns}, type, like);
+  if (weight.dim() == 2) return new_buffer({source.height, source.width, rows, columns}, type, like, start);
+  return new_buffer({rows, weight.size(2), weight.size(3), columns}, type, like, start);
 }
 
 Copy fill_map(const Tensor& from, const Buffer& to) {

@@ -34,13 +34,18 @@ struct Buffer {
   uint8_t* winners() const { return static_cast<uint8_t*>(data); }
 };
 
-// Zeros on the device of `like`. Raises where the kernels' 31-bit indices of positions do not reach.
-Buffer new_buffer(const Ints& size, Type type, const Tensor& like);
-Buffer new_map(int64_t n, const Extent& extent, Type type, const Tensor& like);
+// What a buffer holds at first: kAny is for those of which a launch or a copy writes every element, padding included.
+enum class Start { kZero, kAny };
+
+// On the device of `like`. Raises where the kernels' 31-bit indices of positions do not reach.
+Buffer new_buffer(const Ints& size, Type type, const Tensor& like, Start start = Start::kZero);
+Buffer new_map(int64_t n, const Extent& extent, Type type, const Tensor& like, Start start = Start::kZero);
 // Of a weight [C_dst, C_src, kh, kw]: [C_dst, kh, kw, C_src]; of [F_dst, F_src]: [F_dst, H, W, C_src].
-Buffer new_drive_matrix(const Tensor& weight, const Extent& source, Type type, const Tensor& like);
+Buffer new_drive_matrix(const Tensor& weight, const Extent& source, Type type, const Tensor& like,
+                        Start start = Start::kZero);
 // [C_src, kh, kw, C_dst]; of a linear weight [H, W, C_src, F_dst], a row for each feature of the source's buffer.
-Buffer new_feedback_matrix(const Tensor& weight, const Extent& source, Type type, const Tensor& like);
+Buffer new_feedback_matrix(const Tensor& weight, const Extent& source, Type type, const Tensor& like,
+                           Start start = Start::kZero);
 
 // From tensors of any strides.
 Copy fill_map(const Tensor& from, const Buffer& to);

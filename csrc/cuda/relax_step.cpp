@@ -17,13 +17,13 @@ class Preparation {
 
   // A copy of a tensor as a map.
   Buffer map(const Tensor& tensor, Type type) {
-    const Buffer buffer = new_map(tensor.size(0), extent_of(sizes(tensor)), type, like_);
+    const Buffer buffer = new_map(tensor.size(0), extent_of(sizes(tensor)), type, like_, Start::kAny);
     copies_.push_back(fill_map(tensor, buffer));
     return keep(buffer);
   }
 
   Buffer vector(const Tensor& tensor) {
-    const Buffer buffer = new_map(1, {1, 1, static_cast<int32_t>(tensor.size(0))}, Type::kFloat, like_);
+    const Buffer buffer = new_map(1, {1, 1, static_cast<int32_t>(tensor.size(0))}, Type::kFloat, like_, Start::kAny);
     copies_.push_back(fill_vector(tensor, buffer));
     return keep(buffer);
   }
@@ -32,13 +32,13 @@ class Preparation {
 
   void below(const Tensor& source, const Tensor& weight, const Geometry& g, double gain) {
     const Extent extent = extent_of(sizes(source));
-    const Buffer matrix = keep(new_drive_matrix(weight, extent, type_, like_));
+    const Buffer matrix = keep(new_drive_matrix(weight, extent, type_, like_, Start::kAny));
     copies_.push_back(fill_drive_matrix(weight, extent, matrix));
     const Loop loop = drive_loop(g, map(source, type_), matrix);
     if (g.pool == Pool::kNone && source.size(0) == shape_[0]) {
       loops_.push_back({loop, gain});
     } else {
-      const Buffer out = keep(new_map(source.size(0), extent_of(shape_), Type::kFloat, like_));
+      const Buffer out = keep(new_map(source.size(0), extent_of(shape_), Type::kFloat, like_, Start::kAny));
       launches_.push_back(alone(loop, 1.0, out, nullptr));
       launches_.back().pool = g.pool;
       add(out, gain);
@@ -47,7 +47,7 @@ class Preparation {
 
   void above(const Tensor& top, const Tensor& weight, const Tensor& winners, const Geometry& g, double gain) {
     const Extent extent = extent_of(shape_);
-    const Buffer matrix = keep(new_feedback_matrix(weight, extent, type_, like_));
+    const Buffer matrix = keep(new_feedback_matrix(weight, extent, type_, like_, Start::kAny));
     copies_.push_back(fill_feedback_matrix(weight, extent, matrix));
     Buffer source = map(top, type_);
     if (g.pool != Pool::kNone) source = unpooled(source, winners, g, sizes(weight));
@@ -97,7 +97,7 @@ class Preparation {
     return buffer;
   }
 
-  Buffer state_map() { return keep(new_map(shape_[0], extent_of(shape_), Type::kFloat, like_)); }
+  Buffer state_map() { return keep(new_map(shape_[0], extent_of(shape_), Type::kFloat, like_, Start::kAny)); }
 
   void add(const Buffer& buffer, double gain) {
     addends_.push_back({buffer.floats(), buffer.size[0], static_cast<float>(gain)});
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> relax_step(
   }
 
   Step step{};
-  const Buffer old = before.map(state, type), fresh = new_map(batch, extent, type, state);
+  const Buffer old = before.map(state, type), fresh = new_map(batch, extent, type, state, Start::kAny);
   const Buffer residual = new_buffer({1, 1, 1, batch}, Type::kFloat, state);
   const Buffer control = new_buffer({1, 1, 1, 4}, Type::kFloat, state);
   if (form == 0 && bias) step.bias = before.vector(*bias).floats();
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> relax_step(
     step.pre_samples = map.size[0];
   }
   std::optional<Buffer> pre;
-  if (keep) pre = new_map(batch, extent, Type::kFloat, state);
+  if (keep) pre = new_map(batch, extent, Type::kFloat, state, Start::kAny);
   step.pre_out = pre ? pre->floats() : nullptr;
   step.old = old.data;
   step.fresh = fresh.data;

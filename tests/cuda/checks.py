@@ -85,3 +85,16 @@ def step_residual(module: Any) -> None:
             1.0, False,
         )  # fmt: skip
         _equal(found, expected)
+
+
+def contrast_odd(_: Any) -> None:
+    """Maps with a last row and column in no window, in fresh memory that holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    source, target, delta = _numbers(2, 3, 7, 5), _numbers(2, 17, 3, 2), _numbers(4, 17, 3, 2)
+    shape = [17, 3, 3, 3]
+    expected = reference.contrast(source, None, target, delta, shape, PAIR, PAIR, "avg")
+    found = torch.ops.ep_kernels_host.contrast(
+        source, None, target, delta, shape, PAIR, PAIR, 2, None, 1.0, 1.0, 0.5, 1.0, 0
+    )
+    for a, b in zip(found, expected, strict=True):
+        _equal(a, b)

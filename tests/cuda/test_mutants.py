@@ -8,47 +8,71 @@ from tests.host.build import build, missing
 from tests.host.mutant import caught, mutant
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-KERNELS = "csrc/cuda/kernels"
-CHECKS = ("drive_half", "drive_float", "drive_warpgroup", "contrast_half", "contrast_tf32", "step_residual")
+SOURCES = "csrc/cuda"
+CHECKS = (
+    "drive_half",
+    "drive_float",
+    "drive_warpgroup",
+    "contrast_half",
+    "contrast_tf32",
+    "contrast_odd",
+    "step_residual",
+)
 
 FAULTS = {
-    "main loop without its barrier": ("mainloop.cuh", "      __syncthreads();", "", "drive_half"),
-    "main loop without its wait": ("mainloop.cuh", "      ptx::copy_wait<kStages - 2>();", "", "drive_half"),
-    "main loop that waits for one stage too few": ("mainloop.cuh", "<kStages - 2>", "<kStages - 1>", "drive_half"),
+    "main loop without its barrier": ("kernels/mainloop.cuh", "      __syncthreads();", "", "drive_half"),
+    "main loop without its wait": ("kernels/mainloop.cuh", "      ptx::copy_wait<kStages - 2>();", "", "drive_half"),
+    "main loop that waits for one stage too few": (
+        "kernels/mainloop.cuh",
+        "<kStages - 2>",
+        "<kStages - 1>",
+        "drive_half",
+    ),
     "accumulators staged over stages that are still read": (
-        "mainloop.cuh",
+        "kernels/mainloop.cuh",
         "  __syncthreads();  // the stages have been read",
         "  //",
         "drive_half",
     ),
     "fragments of the right operand swapped": (
-        "products.cuh",
+        "kernels/products.cuh",
         "left[m], right[0], right[1])",
         "left[m], right[1], right[0])",
         "drive_half",
     ),
-    "contrast without its barrier": ("contrast.cuh", "    __syncthreads();\n    fetch", "    fetch", "contrast_half"),
-    "contrast without its wait": ("contrast.cuh", "    ptx::copy_wait<kStages - 2>();\n", "", "contrast_tf32"),
+    "contrast without its barrier": (
+        "kernels/contrast.cuh",
+        "    __syncthreads();\n    fetch",
+        "    fetch",
+        "contrast_half",
+    ),
+    "contrast without its wait": ("kernels/contrast.cuh", "    ptx::copy_wait<kStages - 2>();\n", "", "contrast_tf32"),
     "contrast with two fragments swapped": (
-        "contrast.cuh",
+        "kernels/contrast.cuh",
         "right[2], right[3]",
         "right[3], right[2]",
         "contrast_half",
     ),
     "sums of differences without their barrier": (
-        "difference.cu",
+        "kernels/difference.cu",
         "  __syncthreads();\n  if (group != 0 || channel",
         "  if (group != 0 || channel",
         "contrast_half",
     ),
+    "an edge that no launch writes, not cleared": (
+        "contrast.cpp",
+        "odd ? Start::kZero : Start::kAny",
+        "odd ? Start::kAny : Start::kAny",
+        "contrast_odd",
+    ),
     "wgmma of shared memory that is not published": (
-        "wgmma.cuh",
+        "kernels/wgmma.cuh",
         "      ptx::publish_shared();\n",
         "",
         "drive_warpgroup",
     ),
     "wgmma whose products are not waited for": (
-        "wgmma.cuh",
+        "kernels/wgmma.cuh",
         "      ptx::warpgroup_wait<1>();\n",
         "",
         "drive_warpgroup",
@@ -70,5 +94,5 @@ def test_unchanged_passes(check: str) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_caught(fault: str) -> None:
     path, old, new, check = FAULTS[fault]
-    with mutant(f"{KERNELS}/{path}", old, new) as module:
+    with mutant(f"{SOURCES}/{path}", old, new) as module:
         assert caught(f"tests.cuda.checks:{check}", module) != "", "the fault went unnoticed"

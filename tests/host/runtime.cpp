@@ -153,7 +153,6 @@ void replay(const CUgraph_st& graph) {
 }  // namespace
 
 // ---- errors
-// ----------------------------------------------------------------------------------------------------------
 const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
 #define EP_NAME(name) \
@@ -192,7 +191,6 @@ cudaError_t cudaGetLastError() {
 cudaError_t cudaPeekAtLastError() { return last_error; }
 
 // ---- the device
-// ------------------------------------------------------------------------------------------------------
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return cudaSuccess;
@@ -239,7 +237,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 }
 
 // ---- streams
-// ---------------------------------------------------------------------------------------------------------
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   *stream = streams.add(new CUstream_st);
   return cudaSuccess;
@@ -277,7 +274,6 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 }
 
 // ---- events
-// ----------------------------------------------------------------------------------------------------------
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = events.add(new CUevent_st);
   return cudaSuccess;
@@ -302,7 +298,6 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 
 // ---- graphs
-// ----------------------------------------------------------------------------------------------------------
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   if (!known(stream)) return result(cudaErrorInvalidResourceHandle);
   if (stream == nullptr || stream->capture != nullptr) return result(cudaErrorStreamCaptureUnsupported);
@@ -368,7 +363,6 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
 }
 
 // ---- work
-// ------------------------------------------------------------------------------------------------------------
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
   if (to == nullptr && bytes != 0) return result(cudaErrorInvalidValue);
   return issue(stream, [=] {

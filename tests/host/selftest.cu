@@ -114,7 +114,6 @@ __global__ void stuck(Arguments arguments) {
 }
 
 // ---- the warp
-// --------------------------------------------------------------------------------------------------------
 __global__ void shuffles(Arguments arguments) {
   const float x = in<float>(arguments)[threadIdx.x];
   float* to = out<float>(arguments) + 6 * threadIdx.x;
@@ -254,7 +253,6 @@ __global__ void warpgroup(Arguments arguments) {
 }
 
 // ---- launches
-// --------------------------------------------------------------------------------------------------------
 __global__ void add(Arguments arguments) { out<float>(arguments)[threadIdx.x] += 1.0f; }
 __global__ void twice(Arguments arguments) { out<float>(arguments)[threadIdx.x] *= 2.0f; }
 

@@ -92,7 +92,6 @@ __device__ inline uint32_t round_tf32(uint32_t bits) {
 }
 
 // ---- wgmma: Hopper alone (sm_90a)
-// ------------------------------------------------------------------------------------
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define EP_SM90A(...) __VA_ARGS__

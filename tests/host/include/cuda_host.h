@@ -47,10 +47,7 @@ struct alignas(16) uint4 {
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 extern uint3 threadIdx, blockIdx;  // of the running fiber
 extern dim3 blockDim, gridDim;
@@ -151,7 +148,6 @@ inline int lane() { return static_cast<int>(threadIdx.x & 31); }
 }  // namespace ep::cuda::host
 
 // ---- synchronisation
-// -------------------------------------------------------------------------------------------------
 inline void __syncthreads() { ep::cuda::host::barrier("__syncthreads", false); }
 inline int __syncthreads_count(int x) { return ep::cuda::host::barrier("__syncthreads_count", x != 0); }
 inline int __syncthreads_or(int x) { return ep::cuda::host::barrier("__syncthreads_or", x != 0) != 0; }
@@ -163,7 +159,6 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 
 // ---- warps (PTX ISA: shfl.sync, vote.sync)
-// ---------------------------------------------------------------------------
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
   const int first = ep::cuda::host::lane() & -width;
@@ -191,7 +186,6 @@ inline int __any_sync(unsigned mask, int x) { return ep::cuda::host::ballot("__a
 inline int __all_sync(unsigned mask, int x) { return ep::cuda::host::ballot("__all_sync", mask, x == 0).result == 0; }
 
 // ---- atomics
-// ---------------------------------------------------------------------------------------------------------
 template <typename T>
 T atomicAdd(T* at, std::common_type_t<T> value) {
   const T old = *at;
@@ -204,27 +198,8 @@ T atomicMax(T* at, std::common_type_t<T> value) {
   *at = old < value ? value : old;
   return old;
 }
-template <typename T>
-T atomicMin(T* at, std::common_type_t<T> value) {
-  const T old = *at;
-  *at = value < old ? value : old;
-  return old;
-}
-template <typename T>
-T atomicExch(T* at, std::common_type_t<T> value) {
-  const T old = *at;
-  *at = value;
-  return old;
-}
-template <typename T>
-T atomicCAS(T* at, std::common_type_t<T> expected, std::common_type_t<T> value) {
-  const T old = *at;
-  if (old == expected) *at = value;
-  return old;
-}
 
 // ---- numbers
-// ---------------------------------------------------------------------------------------------------------
 inline int __float_as_int(float x) { return ep::cuda::host::bits_as<int>(x); }
 inline float __int_as_float(int x) { return ep::cuda::host::bits_as<float>(x); }
 inline unsigned __float_as_uint(float x) { return ep::cuda::host::bits_as<unsigned>(x); }

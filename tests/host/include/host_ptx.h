@@ -20,7 +20,6 @@ void copy_wait() {
 }
 
 // ---- ldmatrix
-// --------------------------------------------------------------------------------------------------------
 struct Rows {
   const unsigned char* row;
   uint32_t* out;
@@ -49,7 +48,6 @@ inline void load_matrices(uint32_t (&out)[4], const void* row) { load<false>(out
 inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) { load<true>(out, row); }
 
 // ---- mma
-// -------------------------------------------------------------------------------------------------------------
 struct Fragments {
   float* acc;
   const uint32_t* a;
