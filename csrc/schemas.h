@@ -32,15 +32,17 @@ void define_ops(Library& m) {
       " int[] stride, int[] padding, int pool, Tensor? winners, float source_gain, float target_gain, float centre,"
       " float scale, int operands) -> (Tensor, Tensor)");
   // shapes: 3 per node (C, H, W; vectors F, 0, 0). connections: 7 per connection (src, dst, stride h, w, padding h, w,
-  // pool). heads: map, bias, target per head; head_spec: 4 per head (node, loss, pool, pointwise); head_scalars:
-  // weight, temperature. program: csrc/common/program.h.
+  // pool). feedback_weights: none, or one for each connection (absent: its weight). linear_nodes: those whose states
+  // lo and hi do not bound. heads: map, bias, target per head; head_spec: 4 per head (node, loss, pool, pointwise);
+  // head_scalars: weight, temperature. program: csrc/common/program.h.
   // -> (states of nodes 1.., gamma a of nodes 1.., drives, winners per connection, residual [steps, B])
   m.def(
-      "relax(Tensor[] states, Tensor[] weights, Tensor[] biases, Tensor[] drives, Tensor[] winners, Tensor[] free,"
-      " Tensor[] preactivations, Tensor[] heads, Tensor[] extra, int[] shapes, int[] connections, int[] head_spec,"
-      " int[] program, float[] drive_gains, float[] feedback_gains, float[] nudge_gains, float[] scales,"
-      " float[] head_scalars, int batch, int phases, int steps, int form, bool frozen, bool deferred, int operands,"
-      " int storage, bool keep, float damping, float slope, float lo, float hi, float tol)"
+      "relax(Tensor[] states, Tensor[] weights, Tensor[] feedback_weights, Tensor[] biases, Tensor[] drives,"
+      " Tensor[] winners, Tensor[] free, Tensor[] preactivations, Tensor[] heads, Tensor[] extra, int[] shapes,"
+      " int[] connections, int[] head_spec, int[] program, int[] linear_nodes, float[] drive_gains,"
+      " float[] feedback_gains, float[] nudge_gains, float[] scales, float[] head_scalars, int batch, int phases,"
+      " int steps, int form, bool frozen, bool deferred, int operands, int storage, bool keep, float damping,"
+      " float slope, float lo, float hi, float tol)"
       " -> (Tensor[], Tensor[], Tensor[], Tensor[], Tensor)");
 }
 

@@ -11,7 +11,7 @@ import torch
 from .plan import FORMS, SCHEDULES, Form, Schedule, Winners
 from .precision import OPERANDS, STORAGES, Operands
 
-Estimator = Literal["symmetric", "positive", "negative", "tangent"]
+Estimator = Literal["symmetric", "positive", "negative", "tangent", "five_phase", "contrastive", "coupled"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 
@@ -23,8 +23,11 @@ class RelaxConfig:
         schedule: ``sweep`` (bottom-up free, top-down nudged), ``even_odd`` or ``sync``.
         free_steps, nudged_steps: T and K, in sweeps.
         beta: nudging strength, > 0; no part of ``tangent``.
-        estimator: ``symmetric`` (+beta and -beta in one batch of 2B), one-sided ``positive`` or ``negative``, or
-            ``tangent``, the limit of small beta: one linear phase.
+        estimator: ``symmetric`` (+beta and -beta in one batch of 2B; Laborieux et al. 2021), one-sided ``positive`` or
+            ``negative`` (Scellier & Bengio 2017), ``tangent``, the limit of small beta: one linear phase, or
+            ``five_phase``: free, +-beta and +-2 beta, extrapolated to an error of beta^4. For an ``mse`` readout also
+            ``coupled`` (Stern et al. 2021): the output units are clamped at ``s_free + beta (y - s_free)``; and
+            ``contrastive`` (Movellan 1991): they are clamped at the target y.
         form: ``delta`` relaxes ``d = s - s_free`` (needs frozen winners); ``states`` relaxes the states themselves.
         winners: of max pooling in the nudged phases: ``frozen`` at the free equilibrium's, or ``live``.
         linear_nudge: evaluate the nudge once, at the free equilibrium, instead of at every update.
@@ -88,6 +91,11 @@ class RelaxConfig:
         ):
             if not ok:
                 raise ValueError(f"RelaxConfig: argument '{name}': expected {expected}, got {getattr(self, name)!r}")
+        if self.estimator == "coupled" and self.beta > 1:
+            raise ValueError(
+                f"RelaxConfig: argument 'beta': expected at most 1 with estimator='coupled' (1 clamps the output units "
+                f"at the target), got {self.beta!r}"
+            )
         if self.winners == "live" and self.nudge_form != "states":
             raise ValueError(
                 "RelaxConfig: argument 'winners': expected 'frozen' with form='delta' or estimator='tangent' "
@@ -101,6 +109,11 @@ class RelaxConfig:
         if self.over_relaxation is not None:
             return self.over_relaxation
         return min(2 / (1 + math.sqrt(max(1 - 5 * feedback_gain, 0.0))), 1.25)
+
+    @property
+    def clamps(self) -> bool:
+        """The nudged phase clamps the output units instead of nudging them."""
+        return self.estimator in ("contrastive", "coupled")
 
     @property
     def nudge_form(self) -> Form:

@@ -12,9 +12,11 @@ from functools import cached_property
 from typing import Literal
 
 Pool = Literal["none", "max", "avg"]
-Loss = Literal["cross_entropy", "mse"]
+Loss = Literal["cross_entropy", "mse", "cosine"]
+Feedback = Literal["tied", "separate"]
 POOLS: tuple[Pool, ...] = ("none", "max", "avg")
-LOSSES: tuple[Loss, ...] = ("cross_entropy", "mse")
+LOSSES: tuple[Loss, ...] = ("cross_entropy", "mse", "cosine")
+FEEDBACKS: tuple[Feedback, ...] = ("tied", "separate")
 Shape = tuple[int, ...]
 
 
@@ -73,16 +75,20 @@ class Head:
 
     * ``cross_entropy``: ``weight tau^2 H(p, softmax(z / tau))`` with target probabilities ``p`` (one-hot labels at
       tau = 1; a teacher's softened ones for distillation; its gradient is that of ``tau^2 KL``),
-    * ``mse``: ``weight / 2 |z - t|^2``, summed over outputs.
+    * ``mse``: ``weight / 2 |z - t|^2``, summed over outputs,
+    * ``cosine``: ``weight (1 - <z, t> / (|z| |t|))``, summed over the pixels of a map; where z or t is zero (a norm of
+      at most 1e-6) it has no direction: the loss is ``weight`` and its gradient zero.
 
     Args:
         node: the node that it reads and nudges.
         outputs: rows of ``V``; None for the identity.
-        loss: ``cross_entropy`` or ``mse``.
+        loss: ``cross_entropy``, ``mse`` or ``cosine``.
         pool: maps are averaged to ``pool x pool`` (adaptive) before ``V``; None keeps them.
         pointwise: ``V`` is a 1x1 convolution (a map between student and teacher widths), not a linear layer.
         weight: lambda of the augmented loss.
         temperature: tau of ``cross_entropy``.
+        tied: index in ``Network.heads`` of an earlier head of the same node and shape whose ``V`` and ``c`` it uses: a
+            teacher's softened logits on the readout, beside its labels.
     """
 
     node: int
@@ -92,6 +98,7 @@ class Head:
     pointwise: bool = False
     weight: float = 1.0
     temperature: float = 1.0
+    tied: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.loss in LOSSES, "Head", "loss", f"one of {', '.join(LOSSES)}", repr(self.loss))
@@ -135,6 +142,9 @@ class Network:
         feedback_gain: k in (0, 1]; 1 is classical EP.
         slope: gamma of ``clip(gamma a, lo, hi)``; 1 is the hard sigmoid, 1/2 the variant of Laborieux et al. 2021.
         lo, hi: the box of the states.
+        linear_nodes: nodes that are not clipped, as the output units of Scellier et al. 2023.
+        feedback: ``tied``: feedback is the adjoint of the drive (an energy exists); ``separate``: every connection
+            between two hidden nodes has feedback weights of its own (vector-field EP, Scellier et al. 2018).
 
     Raises:
         ValueError: naming the field, what was expected and what came.
@@ -148,9 +158,16 @@ class Network:
     slope: float = 1.0
     lo: float = 0.0
     hi: float = 1.0
+    linear_nodes: tuple[int, ...] = ()
+    feedback: Feedback = "tied"
 
     def __post_init__(self) -> None:
-        for name in ("shapes", "connections", "local_heads"):  # lists are taken too; a Network must be hashable
+        for name in (
+            "shapes",
+            "connections",
+            "local_heads",
+            "linear_nodes",
+        ):  # lists are taken too; a Network must be hashable
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "shapes", tuple(tuple(shape) for shape in self.shapes))
         _require(len(self.shapes) >= 2, "Network", "shapes", "the input and at least one node", repr(self.shapes))
@@ -163,6 +180,11 @@ class Network:
         _require(ok, "Network", "slope", "a finite number > 0", repr(self.slope))
         ok = math.isfinite(self.lo) and math.isfinite(self.hi) and self.lo < self.hi
         _require(ok, "Network", "lo, hi", "finite, lo < hi", f"{self.lo}, {self.hi}")
+        ok = all(isinstance(i, int) and 1 <= i < len(self.shapes) for i in self.linear_nodes)
+        _require(ok, "Network", "linear_nodes", f"nodes from 1 to {len(self.shapes) - 1}", repr(self.linear_nodes))
+        _require(
+            self.feedback in FEEDBACKS, "Network", "feedback", f"one of {', '.join(FEEDBACKS)}", repr(self.feedback)
+        )
         for c, conn in enumerate(self.connections):
             _require(conn.dst < len(self.shapes), "Network", f"connections[{c}].dst", "a node index", str(conn.dst))
             self._check_geometry(c, conn)
@@ -176,6 +198,16 @@ class Network:
             _require(ok, "Network", f"heads[{h}].node", f"1 to {len(self.shapes) - 1}", str(head.node))
             ok = len(self.shapes[head.node]) == 3 or not (head.pointwise or head.pool)
             _require(ok, "Network", f"heads[{h}]", "no pool and no pointwise map on a vector node", repr(head))
+            if head.tied is not None:
+                expected = "the index of an earlier head with weights of its own, of the same node and shape"
+                _require(self._can_tie(h, head.tied), "Network", f"heads[{h}].tied", expected, repr(head.tied))
+
+    def _can_tie(self, h: int, tied: int) -> bool:
+        if not 0 <= tied < h:
+            return False
+        ours, other = self.heads[h], self.heads[tied]
+        same = all(getattr(ours, name) == getattr(other, name) for name in ("node", "outputs", "pool", "pointwise"))
+        return same and other.tied is None and other.outputs is not None
 
     def _check_geometry(self, c: int, conn: Connection) -> None:
         src, dst = self.shapes[conn.src], self.shapes[conn.dst]
@@ -223,6 +255,14 @@ class Network:
     def top(self) -> int:
         """N, the top level."""
         return max(self.levels)
+
+    def box(self, node: int) -> tuple[float, float]:
+        """Bounds of a node's states: ``(lo, hi)``, infinite for a linear node."""
+        return (-math.inf, math.inf) if node in self.linear_nodes else (self.lo, self.hi)
+
+    def has_feedback_weight(self, c: int) -> bool:
+        """Connection c has feedback weights of its own (nothing is fed back to the clamped input)."""
+        return self.feedback == "separate" and self.connections[c].src != 0
 
     def feedback_coefficient(self, c: int) -> float:
         """k^(level(dst) - level(src)) of connection c."""

@@ -190,6 +190,7 @@ def _fake_contrast(
 def _fake_relax(
     states: list[Tensor],
     weights: list[Tensor],
+    feedback_weights: list[Tensor],
     biases: list[Tensor],
     drives: list[Tensor],
     winners: list[Tensor],
@@ -201,6 +202,7 @@ def _fake_relax(
     connections: list[int],
     head_spec: list[int],
     program: list[int],
+    linear_nodes: list[int],
     drive_gains: list[float],
     feedback_gains: list[float],
     nudge_gains: list[float],
@@ -220,6 +222,7 @@ def _fake_relax(
     like = weights[0]
     _one_device("relax", like, states=states, weights=weights, biases=biases, drives=drives, winners=winners)
     _one_device("relax", like, free=free, preactivations=preactivations, heads=heads, extra=extra)
+    _one_device("relax", like, feedback_weights=feedback_weights)
     full = [[batch, *(n for n in shapes[3 * i : 3 * i + 3] if n)] for i in range(len(states))]
     driven, stepped = _written(program, refresh=keep)
     out_drives, out_winners = [], []

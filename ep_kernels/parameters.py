@@ -17,21 +17,27 @@ class Parameters:
     Attributes:
         weights: per connection, ``Connection.weight_shape``.
         biases: per node, [C] or [F]; index 0 (the clamped input) is None.
-        head_weights, head_biases: per head (readout first); None for the identity.
+        head_weights, head_biases: per head (readout first); None for the identity; a tied head's are those of the head
+            that it is tied to (the same tensors; of gradients None, as they are part of that head's).
+        feedback_weights: per connection, in the shape of its weight, where ``Network.feedback`` is ``separate``; else
+            empty, or None for a connection from the clamped input.
     """
 
     weights: Sequence[Tensor]
     biases: Sequence[Tensor | None]
     head_weights: Sequence[Tensor | None]
     head_biases: Sequence[Tensor | None]
+    feedback_weights: Sequence[Tensor | None] = ()
 
     def named(self) -> dict[str, Tensor]:
-        """Tensors by name: ``connections.0.weight``, ``nodes.1.bias``, ``heads.0.weight``, ``heads.0.bias``."""
+        """Tensors by name: ``connections.0.weight``, ``connections.1.feedback``, ``nodes.1.bias``, ``heads.0.weight``,
+        ``heads.0.bias``; of tensors that several heads share the first alone."""
         groups = (
             ("connections.{}.weight", self.weights),
+            ("connections.{}.feedback", self.feedback_weights),
             ("nodes.{}.bias", self.biases),
-            ("heads.{}.weight", self.head_weights),
-            ("heads.{}.bias", self.head_biases),
+            ("heads.{}.weight", _without_repeats(self.head_weights)),
+            ("heads.{}.bias", _without_repeats(self.head_biases)),
         )
         return {pattern.format(i): t for pattern, group in groups for i, t in enumerate(group) if t is not None}
 
@@ -41,11 +47,14 @@ class Parameters:
         out: dict[str, Shape] = {}
         for c, conn in enumerate(network.connections):
             out[f"connections.{c}.weight"] = conn.weight_shape(network.shapes[conn.src], network.shapes[conn.dst])
+        for c in range(len(network.connections)):
+            if network.has_feedback_weight(c):
+                out[f"connections.{c}.feedback"] = out[f"connections.{c}.weight"]
         for i, shape in enumerate(network.shapes[1:], 1):
             out[f"nodes.{i}.bias"] = shape[:1]
         for h, head in enumerate(network.heads):
             weight = head.weight_shape(network.shapes[head.node])
-            if weight is not None:
+            if weight is not None and head.tied is None:
                 out[f"heads.{h}.weight"], out[f"heads.{h}.bias"] = weight, weight[:1]
         return out
 
@@ -57,10 +66,22 @@ class Parameters:
                 raise ValueError(f"Parameters: expected a tensor '{name}' of shape {list(shape)}, got none")
             if tuple(tensors[name].shape) != tuple(shape):
                 raise ValueError(f"Parameters: '{name}': expected shape {list(shape)}, got {list(tensors[name].shape)}")
-        heads = range(len(network.heads))
+        heads = [h if head.tied is None else head.tied for h, head in enumerate(network.heads)]
+        separate = network.feedback == "separate"
         return Parameters(
             [tensors[f"connections.{c}.weight"] for c in range(len(network.connections))],
             [None, *(tensors[f"nodes.{i}.bias"] for i in range(1, len(network.shapes)))],
             [tensors.get(f"heads.{h}.weight") for h in heads],
             [tensors.get(f"heads.{h}.bias") for h in heads],
+            [tensors.get(f"connections.{c}.feedback") for c in range(len(network.connections))] if separate else (),
         )
+
+
+def _without_repeats(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """None in place of a tensor that came before."""
+    seen: set[int] = set()
+    out: list[Tensor | None] = []
+    for tensor in tensors:
+        out.append(None if tensor is None or id(tensor) in seen else tensor)
+        seen.add(id(tensor))
+    return out

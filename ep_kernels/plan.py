@@ -113,6 +113,7 @@ def compile_plan(
     warm: bool = False,
     kept: frozenset[int] = frozenset(),
     extra: frozenset[int] = frozenset(),
+    clamped: frozenset[int] = frozenset(),
     steps: int = 1 << 30,
 ) -> Plan:
     """Compile one phase.
@@ -129,6 +130,7 @@ def compile_plan(
         warm: states are given (nonzero) at the start; in the delta forms they always start at zero.
         kept: connections whose kept drive is valid at the start (carried over from the free phase).
         extra: nodes that have an extra nudge besides their heads.
+        clamped: nodes that keep the state (in the delta forms, the delta) that they are given at the start.
         steps: number of sweeps that will run: settles what ``refresh`` must bring up to date.
 
     Raises:
@@ -147,7 +149,7 @@ def compile_plan(
             f"compile_plan: argument 'form': expected 'states' unless the phase is nudged with frozen winners, "
             f"got {form!r} with phase {phase!r} and winners {winners!r}"
         )
-    trace = _Trace(network, schedule, phase, form, winners, linear_nudge, warm, kept, extra)
+    trace = _Trace(network, schedule, phase, form, winners, linear_nudge, warm, kept, extra, clamped)
     prologue = trace.prologue()
     sweeps: list[tuple[Launch, ...]] = []
     seen = None
@@ -174,16 +176,17 @@ class _Trace:
         warm: bool,
         kept: frozenset[int],
         extra: frozenset[int],
+        clamped: frozenset[int],
     ):
         self.network, self.form, self.frozen = network, form, winners == "frozen"
         self.deferred = schedule == "sync"
-        self.order = update_order(network, schedule, phase)
-        self.nudged_nodes = {h.node for h in network.heads} | extra if phase == "nudged" else set()
+        self.order = tuple(i for i in update_order(network, schedule, phase) if i not in clamped)
+        self.nudged_nodes = ({h.node for h in network.heads} | extra) - clamped if phase == "nudged" else set()
         self.linear_nudge = linear_nudge or form == "tangent"
         nodes = len(network.shapes)
         # version 0 is the state at the start; zero states send nothing, and their winners are all "first"
         self.version = [0] * nodes
-        self.zero = [form != "states" or not warm for _ in range(nodes)]
+        self.zero = [(form != "states" or not warm) and i not in clamped for i in range(nodes)]
         self.zero[0] = form != "states"
         self.drive_version: dict[int, int] = dict.fromkeys(kept, 0)
         self.kept_winners = {c for c, conn in enumerate(network.connections) if self.zero[conn.src]}

@@ -20,6 +20,7 @@ from .plan import Form
 from .precision import Operands, rounded
 
 Pair = Sequence[int]
+NO_DIRECTION = 1e-6  # of the cosine loss: a vector with at most this norm has none
 
 
 # --- one connection ---------------------------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ def energy(net: Network, states: Sequence[Tensor], weights: Sequence[Tensor], bi
         weights: per connection.
         biases: per node, [C] or [F]; ``biases[0]`` is not read.
     """
-    total = states[0].new_zeros(states[0].shape[0])
+    total = states[0].new_zeros(states[0].shape[0])  # of tied feedback: with separate weights there is no energy
     for i in range(1, len(states)):
         s = states[i]
         a = biases[i].view(-1, *[1] * (s.dim() - 2)).expand_as(s)
@@ -225,6 +226,8 @@ def head_loss(head: Head, z: Tensor, target: Tensor) -> Tensor:
     """Loss per sample, [B], of outputs ``z`` against probabilities or values ``target`` of the same shape."""
     if head.loss == "mse":
         return head.weight * 0.5 * (z - target).square().flatten(1).sum(1)
+    if head.loss == "cosine":
+        return head.weight * (1 - (directions(z) * directions(target)).sum(1)).flatten(1).sum(1)
     tau = head.temperature
     return head.weight * tau**2 * -(target * F.log_softmax(z / tau, 1)).flatten(1).sum(1)
 
@@ -233,7 +236,17 @@ def head_error(head: Head, z: Tensor, target: Tensor) -> Tensor:
     """dL/dz per sample (not averaged over the batch), the shape of ``z``. Target probabilities sum to 1."""
     if head.loss == "mse":
         return head.weight * (z - target)
+    if head.loss == "cosine":
+        unit, wanted, norm = directions(z), directions(target), z.norm(dim=1, keepdim=True)
+        along = (unit * wanted).sum(1, keepdim=True)
+        return torch.where(norm > NO_DIRECTION, head.weight * (unit * along - wanted) / norm, torch.zeros_like(z))
     return head.weight * head.temperature * (F.softmax(z / head.temperature, 1) - target)
+
+
+def directions(z: Tensor) -> Tensor:
+    """``z / |z|`` over dimension 1 (at every pixel of a map); zero where |z| is at most ``NO_DIRECTION``."""
+    norm = z.norm(dim=1, keepdim=True)
+    return torch.where(norm > NO_DIRECTION, z / norm.clamp_min(NO_DIRECTION), torch.zeros_like(z))
 
 
 def head_gradient(head: Head, state: Tensor, weight: Tensor | None, bias: Tensor | None, target: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .network import LOSSES, POOLS, Connection, Head, Network, Pool, Shape
+from .network import LOSSES, POOLS, Connection, Feedback, Head, Network, Pool, Shape
 from .plan import FORMS, Drive, Launch, Nudge, Plan, Step
 from .precision import OPERANDS, STORAGES, Operands
 from .relaxation import Relaxation, Relaxed
@@ -87,6 +87,7 @@ def flat(r: Relaxation) -> tuple[Any, ...]:
     return (
         [_or(s, none) for s in r.states],
         list(r.weights),
+        [_or(w, none) for w in r.feedback_weights],
         [_or(b, none) for b in r.biases],
         [r.drives.get(c, none) for c in connections],
         [r.winners.get(c, no_winners) for c in connections],
@@ -98,6 +99,7 @@ def flat(r: Relaxation) -> tuple[Any, ...]:
         geometry,
         head_spec if heads else [],
         _program(r.plan, min(r.steps, len(r.plan.sweeps))),
+        list(net.linear_nodes),
         list(r.drive_gains),
         list(r.feedback_gains),
         list(r.nudge_gains),
@@ -178,6 +180,7 @@ def _launches(launches: Sequence[Launch]) -> list[int]:
 def relaxation_of(
     states: list[Tensor],
     weights: list[Tensor],
+    feedback_weights: list[Tensor],
     biases: list[Tensor],
     drives: list[Tensor],
     winners: list[Tensor],
@@ -189,6 +192,7 @@ def relaxation_of(
     connections: list[int],
     head_spec: list[int],
     program: list[int],
+    linear_nodes: list[int],
     drive_gains: list[float],
     feedback_gains: list[float],
     nudge_gains: list[float],
@@ -228,6 +232,8 @@ def relaxation_of(
         slope,
         lo,
         hi,
+        tuple(linear_nodes),
+        "separate" if feedback_weights else "tied",
     )
     return Relaxation(
         network,
@@ -257,6 +263,7 @@ def relaxation_of(
         _named("operands", OPERANDS, operands),
         _named("storage", STORAGES, storage),
         keep,
+        _or_none(feedback_weights),
     )
 
 
@@ -314,6 +321,8 @@ def _network(
     slope: float,
     lo: float,
     hi: float,
+    linear_nodes: tuple[int, ...],
+    feedback: Feedback,
 ) -> Network:
     """The inverse of :func:`_constants`; ``kernels`` are the weights' (none: linear), ``outputs`` the heads'."""
     nodes: list[Shape] = [shape if shape[1] else shape[:1] for shape in zip(*[iter(shapes)] * 3, strict=True)]
@@ -334,7 +343,9 @@ def _network(
     if not heads:  # a free phase: a network has a readout all the same, which no launch evaluates
         heads = [Head(1, None, "mse")]
     # the gain is not among the op's arguments: 1 is valid for any number of levels
-    return Network(tuple(nodes), tuple(connections), heads[0], tuple(heads[1:]), 1.0, slope, lo, hi)
+    return Network(
+        tuple(nodes), tuple(connections), heads[0], tuple(heads[1:]), 1.0, slope, lo, hi, linear_nodes, feedback
+    )
 
 
 @lru_cache(maxsize=256)

@@ -24,7 +24,8 @@ class Relaxation:
     Attributes:
         network, plan, steps: what runs, and for how many sweeps.
         weights: per connection. biases: per node (index 0 and nodes without a bias: None).
-        states: per node, the states at the start (None: zero); index 0 is the clamped input, None in the delta forms.
+        states: per node, the states at the start (None: zero); index 0 is the clamped input, None in the delta forms
+            (where a plan may clamp a node at a delta that is given here).
             These and ``free`` may be in ``storage`` or in the weights' dtype.
         free: per node, states of the free equilibrium (delta forms only): the nudge is evaluated at ``free + d``.
         preactivations: per node, gamma a of the free equilibrium (delta forms only).
@@ -39,6 +40,8 @@ class Relaxation:
         storage: dtype that new states (but not the clamped input) are rounded to, None is the weights'. All else is
             computed and returned in the weights' dtype; the residual is the change of the rounded states.
         keep: return the preactivations of the last sweep and refresh the winners.
+        feedback_weights: per connection, what its feedback goes through (None for one from the clamped input); empty:
+            the weights themselves.
     """
 
     network: Network
@@ -68,6 +71,12 @@ class Relaxation:
     operands: Operands = None
     storage: torch.dtype | None = None
     keep: bool = False
+    feedback_weights: Sequence[Tensor | None] = ()
+
+    def feedback_weight(self, c: int) -> Tensor:
+        """What the feedback of connection c goes through."""
+        own = self.feedback_weights[c] if self.feedback_weights else None
+        return self.weights[c] if own is None else own
 
 
 @dataclass(frozen=True)
@@ -187,7 +196,7 @@ class _Run:
 
     def feedback(self, c: int) -> Tensor:
         r, conn = self.r, self.r.network.connections[c]
-        above, weight, shape = self.state(conn.dst), r.weights[c], r.network.shapes[conn.src]
+        above, weight, shape = self.state(conn.dst), r.feedback_weight(c), r.network.shapes[conn.src]
         assert above is not None
         winners = self.winners.get(c)
         if winners is None and conn.pool == "max":  # the source is still zero: every tie goes to the first
@@ -248,7 +257,8 @@ class _Run:
             a = a + r.nudge_gains[node] * self.sign.view(-1, *trailing) * self.nudges[node]
         pre = r.preactivations[node].repeat(r.phases, *trailing) if r.form != "states" else None
         damping = self.damping if r.form == "states" else r.damping
-        new = reference.step(old, a, r.form, damping, net.slope, net.lo, net.hi, pre, r.scales[node]).to(self.storage)
+        lo, hi = net.box(node)
+        new = reference.step(old, a, r.form, damping, net.slope, lo, hi, pre, r.scales[node]).to(self.storage)
         self.pre[node] = net.slope * a
         change = (new.to(self.dtype) - old).abs().flatten(1).amax(1) / r.scales[node]
         self.change = torch.maximum(self.change, change)

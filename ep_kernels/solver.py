@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -15,7 +15,7 @@ from . import backends, reference
 from .config import RelaxConfig
 from .network import Network, Shape
 from .parameters import Parameters
-from .plan import Plan, Step, compile_plan
+from .plan import Form, Plan, Step, compile_plan
 from .precision import Operands
 from .relaxation import Contrast, Relaxation, Relaxed
 
@@ -116,6 +116,7 @@ def free_phase(
             operands=config.operands,
             storage=config.storage,
             keep=keep,
+            feedback_weights=parameters.feedback_weights,
         ),
         backend,
     )
@@ -161,10 +162,11 @@ def nudged_phase(
         raise ValueError("nudged_phase: argument 'equilibrium': expected one found with keep=True, got one without")
     x = equilibrium.states[0]
     _check_targets(network, targets, extra, equilibrium.states)
+    _check_estimator(network, config)
     free = [x, *_stored(equilibrium.states[1:], x, config)]
     form = config.nudge_form
-    phases = 2 if config.estimator == "symmetric" else 1
-    beta = 1.0 if form == "tangent" else -config.beta if config.estimator == "negative" else config.beta
+    phases = 2 if config.estimator in ("symmetric", "five_phase") else 1
+    beta = _signed_beta(config)
     scales = delta_scales(network, beta) if form != "states" else [1.0] * len(network.shapes)
     plan = compile_plan(
         network,
@@ -176,16 +178,20 @@ def nudged_phase(
         warm=form == "states",
         kept=frozenset(equilibrium.drives) if form == "states" else frozenset(),
         extra=frozenset(extra),
+        clamped=frozenset({network.readout.node}) if config.clamps else frozenset(),
         steps=config.nudged_steps,
     )
     if form != "states":
         _warn_unreached(network, plan, config)
     batch = phases * x.shape[0]
     count = len(network.connections)
+    top = network.readout.node
     if form == "states":
         start: list[Tensor | None] = [_tile(s, phases) for s in free]
     else:
         start = [None] * len(network.shapes)
+    if config.clamps:
+        start[top] = _clamped(free[top], targets[0], beta, form, scales[top])
     ratio = [scales[conn.dst] / scales[conn.src] if conn.src else 1.0 for conn in network.connections]
     relaxed = backends.relax(
         Relaxation(
@@ -217,6 +223,7 @@ def nudged_phase(
             operands=config.operands,
             storage=config.storage,
             keep=config.winners == "live",
+            feedback_weights=parameters.feedback_weights,
         ),
         backend,
     )
@@ -255,29 +262,32 @@ def contrast_gradients(
         level_gain = network.nudge_coefficient(conn.dst)
         delta = nudged.deltas[conn.dst]
         assert delta is not None
-        jobs.append(
-            Contrast(
-                conn,
-                parameters.weights[c],
-                equilibrium.states[conn.src],
-                nudged.deltas[conn.src],
-                equilibrium.states[conn.dst],
-                delta,
-                _contrast_winners(equilibrium, nudged, c) if conn.pool == "max" else None,
-                source_gain=1 / nudged.scales[conn.src],
-                target_gain=1 / nudged.scales[conn.dst],
-                centre=nudged.centre,
-                scale=-1 / (level_gain * span * batch),
-                operands=operands,
-            )
+        job = Contrast(
+            conn,
+            parameters.weights[c],
+            equilibrium.states[conn.src],
+            nudged.deltas[conn.src],
+            equilibrium.states[conn.dst],
+            delta,
+            _contrast_winners(equilibrium, nudged, c) if conn.pool == "max" else None,
+            source_gain=1 / nudged.scales[conn.src],
+            target_gain=1 / nudged.scales[conn.dst],
+            centre=nudged.centre,
+            scale=-1 / (level_gain * span * batch),
+            operands=operands,
         )
-    found = backends.contrasts(jobs, backend)
-    weights = [weight for weight, _ in found]
+        jobs += _split(job) if network.has_feedback_weight(c) else [job]
+    found = iter(backends.contrasts(jobs, backend))
+    weights: list[Tensor] = []
+    feedback_weights: list[Tensor | None] = []
     biases: list[Tensor | None] = [None] * len(network.shapes)
-    for conn, (_, bias) in zip(network.connections, found, strict=True):
-        biases[conn.dst] = bias
+    for c, conn in enumerate(network.connections):
+        weight, biases[conn.dst] = next(found)
+        weights.append(weight)
+        feedback_weights.append(next(found)[0] if network.has_feedback_weight(c) else None)
     head_weights, head_biases = _head_gradients(network, parameters, equilibrium, nudged, targets)
-    return Parameters(weights, biases, head_weights, head_biases)
+    separate = network.feedback == "separate"
+    return Parameters(weights, biases, head_weights, head_biases, feedback_weights if separate else ())
 
 
 def ep_gradients(
@@ -294,11 +304,41 @@ def ep_gradients(
     """One EP step: free phase, nudged phases, contrast. Returns the gradients and the free equilibrium."""
     config = config or RelaxConfig()
     equilibrium = free_phase(network, parameters, x, config, states=states, keep=True, backend=backend)
-    nudged = nudged_phase(network, parameters, equilibrium, targets, config, extra=extra, backend=backend)
-    gradients = contrast_gradients(
-        network, parameters, equilibrium, nudged, targets, operands=config.operands, backend=backend
-    )
+    gradients, _ = nudged_gradients(network, parameters, equilibrium, targets, config, extra=extra, backend=backend)
     return gradients, equilibrium
+
+
+@torch.no_grad()
+def nudged_gradients(
+    network: Network,
+    parameters: Parameters,
+    equilibrium: Equilibrium,
+    targets: Sequence[Tensor],
+    config: RelaxConfig | None = None,
+    *,
+    extra: Mapping[int, Tensor] | None = None,
+    backend: str | None = None,
+) -> tuple[Parameters, Nudged]:
+    """Nudged phases from a free equilibrium found with ``keep=True``, and the gradients from their contrast.
+
+    Returns:
+        The gradients, and the nudged phases (of ``five_phase``: those at +-beta).
+    """
+    config = config or RelaxConfig()
+
+    def at(chosen: RelaxConfig) -> tuple[Parameters, Nudged]:
+        nudged = nudged_phase(network, parameters, equilibrium, targets, chosen, extra=extra, backend=backend)
+        operands = chosen.operands
+        found = contrast_gradients(
+            network, parameters, equilibrium, nudged, targets, operands=operands, backend=backend
+        )
+        return found, nudged
+
+    gradients, nudged = at(config)
+    if config.estimator != "five_phase":
+        return gradients, nudged
+    wider, _ = at(replace(config, beta=2 * config.beta))
+    return _combined(gradients, wider, 4 / 3, -1 / 3), nudged
 
 
 def readout(network: Network, parameters: Parameters, equilibrium: Equilibrium, head: int = 0) -> Tensor:
@@ -338,7 +378,8 @@ def _warn_unreached(network: Network, plan: Plan, config: RelaxConfig) -> None:
     """Say so when the nudge has not reached every node after K sweeps: those get zero gradients."""
     launches = [launch for t in range(config.nudged_steps) for launch in plan.sweep(t)]
     stepped = {launch.node for launch in launches if isinstance(launch, Step)}
-    missing = sorted(set(range(1, len(network.shapes))) - stepped)
+    clamped = {network.readout.node} if config.clamps else set()
+    missing = sorted(set(range(1, len(network.shapes))) - stepped - clamped)
     if missing:
         log.warning(
             "nudged_phase: %d sweeps of schedule '%s' do not carry the nudge to nodes %s: their gradients are zero. "
@@ -372,30 +413,86 @@ def _head_gradients(
     weights: list[Tensor | None] = []
     biases: list[Tensor | None] = []
     for h, head in enumerate(network.heads):
-        weight, found = parameters.head_weights[h], nudged.deltas[head.node]
+        weight = parameters.head_weights[h]
         if weight is None:
             weights.append(None)
             biases.append(None)
             continue
-        assert found is not None
-        free, delta = equilibrium.states[head.node].to(weight.dtype), found.to(weight.dtype)
-        if nudged.centre == 0.0:  # tangent: both phases are the free equilibrium
-            state, tiles = free, 1
-        elif nudged.phases == 2:
-            state, tiles = _tile(free, 2) + delta / nudged.scales[head.node], 2
-        else:
-            state, tiles = torch.cat([free + delta / nudged.scales[head.node], free]), 2
+        state = contrasted_states(equilibrium, nudged, head.node).to(weight.dtype)
+        tiles = 1 if nudged.centre == 0.0 else 2
         z = reference.head_output(head, state, weight, parameters.head_biases[h])
         error = reference.head_error(head, z, _tile(targets[h], tiles)) / max(state.shape[0], 1)
         feature = reference.head_feature(head, state)
         if head.pointwise:
             error = error.movedim(1, -1).flatten(0, -2)
             feature = feature.movedim(1, -1)
-            weights.append((error.t() @ feature.flatten(0, -2)).view_as(weight))
+            map_gradient = (error.t() @ feature.flatten(0, -2)).view_as(weight)
         else:
-            weights.append(error.t() @ feature.flatten(1))
+            map_gradient = error.t() @ feature.flatten(1)
+        weights.append(map_gradient)
         biases.append(error.sum(0))
+        if head.tied is not None:
+            for group in (weights, biases):
+                own, other = group[head.tied], group[h]
+                assert own is not None
+                assert other is not None
+                group[head.tied], group[h] = own + other, None
     return weights, biases
+
+
+def _split(job: Contrast) -> list[Contrast]:
+    """The two products of a contrast, for the weight (what the nudge changes at the destination, times the source) and
+    for the feedback weight (the destination, times what it changes at the source)."""
+    assert job.source_delta is not None
+    source, delta = job.source.to(job.weight.dtype), job.source_delta.to(job.weight.dtype)
+    both = delta if delta.shape[0] == source.shape[0] else delta[: source.shape[0]] + delta[source.shape[0] :]
+    forward = replace(job, source=source + job.centre * job.source_gain * both, source_delta=None)
+    target = job.target.to(job.weight.dtype)
+    moved = job.target_delta.to(job.weight.dtype)
+    both = moved if moved.shape[0] == target.shape[0] else moved[: target.shape[0]] + moved[target.shape[0] :]
+    target = target + job.centre * job.target_gain * both
+    return [forward, replace(job, target=target, target_delta=torch.zeros_like(job.target_delta))]
+
+
+def _combined(first: Parameters, second: Parameters, a: float, b: float) -> Parameters:
+    """``a first + b second``, tensor by tensor."""
+
+    def add(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [None if x is None or y is None else a * x + b * y for x, y in zip(ours, theirs, strict=True)]
+
+    weights = [a * x + b * y for x, y in zip(first.weights, second.weights, strict=True)]
+    return Parameters(
+        weights,
+        add(first.biases, second.biases),
+        add(first.head_weights, second.head_weights),
+        add(first.head_biases, second.head_biases),
+        add(first.feedback_weights, second.feedback_weights),
+    )
+
+
+def _signed_beta(config: RelaxConfig) -> float:
+    if config.estimator in ("tangent", "contrastive"):
+        return 1.0
+    return -config.beta if config.estimator == "negative" else config.beta
+
+
+def _clamped(free: Tensor, target: Tensor, beta: float, form: Form, scale: float) -> Tensor:
+    """Where coupled learning holds the output units: ``beta`` of the way from the free state to the target."""
+    delta = beta * (target - free.to(target.dtype))
+    return (free + delta if form == "states" else scale * delta).to(free.dtype)
+
+
+def contrasted_states(equilibrium: Equilibrium, nudged: Nudged, node: int) -> Tensor:
+    """States of a node in the two phases that are contrasted, [2B, ...]; of the tangent, where both are the free
+    equilibrium, [B, ...]."""
+    free = equilibrium.states[node]
+    delta = nudged.deltas[node]
+    assert delta is not None
+    if nudged.centre == 0.0:
+        return free
+    moved = delta.to(torch.promote_types(delta.dtype, torch.float32)) / nudged.scales[node]
+    free = free.to(moved.dtype)
+    return _tile(free, 2) + moved if nudged.phases == 2 else torch.cat([free + moved, free])
 
 
 def _tile(x: Tensor, times: int) -> Tensor:
@@ -466,6 +563,19 @@ def _check_targets(
         if not 1 <= node < len(states):
             raise ValueError(f"nudged_phase: argument 'extra': expected nodes 1 to {len(states) - 1}, got {node}")
         _check_tensor("nudged_phase", f"extra[{node}]", tensor, tuple(states[node].shape), x)
+
+
+def _check_estimator(network: Network, config: RelaxConfig) -> None:
+    readout = network.readout
+    if config.clamps and (readout.loss, readout.outputs) != ("mse", None):
+        raise ValueError(
+            f"nudged_phase: argument 'config': expected an mse readout (output units inside the dynamics) with "
+            f"estimator '{config.estimator}', got a {readout.loss} readout"
+        )
+    if network.feedback == "separate" and config.winners == "live":
+        raise ValueError(
+            "nudged_phase: argument 'config': expected frozen winners with separate feedback weights, got live ones"
+        )
 
 
 def _list(shape: Shape) -> str:

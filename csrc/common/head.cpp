@@ -5,7 +5,7 @@ namespace ep {
 Head head_of(const char* op, const int64_t* spec, const double* scalars, const Tensor* tensors, const Ints& node,
              int64_t samples, const Tensor& like) {
   const Tensor &map = tensors[0], &bias = tensors[1], &target = tensors[2];
-  EP_CHECK(spec[1] == 0 || spec[1] == 1, op, "head_spec", "loss 0 (cross_entropy) or 1 (mse)", spec[1]);
+  EP_CHECK(spec[1] >= 0 && spec[1] <= 2, op, "head_spec", "loss 0 (cross_entropy), 1 (mse) or 2 (cosine)", spec[1]);
   EP_CHECK(spec[2] >= 0 && spec[2] < 1 << 15, op, "head_spec", "a pool from 0 to 32767", spec[2]);
   EP_CHECK(spec[3] == 0 || spec[3] == 1, op, "head_spec", "pointwise 0 or 1", spec[3]);
   EP_CHECK(scalars[1] > 0, op, "head_scalars", "a temperature > 0", scalars[1]);

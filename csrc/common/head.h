@@ -5,8 +5,6 @@
 
 namespace ep {
 
-enum class Loss : int64_t { kCrossEntropy = 0, kMse = 1 };
-
 struct Head {
   int64_t node;
   Loss loss;

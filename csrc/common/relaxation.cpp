@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
 
 namespace ep {
@@ -18,6 +19,7 @@ void check_counts(const RelaxArguments& a) {
   const bool delta = a.form != 0;
   check_count("biases", a.biases.size(), nodes);
   check_count("extra", a.extra.size(), nodes);
+  check_count("feedback_weights", a.feedback_weights.size(), a.feedback_weights.empty() ? 0 : count);
   check_count("shapes", a.shapes.size(), 3 * nodes);
   check_count("nudge_gains", a.nudge_gains.size(), nodes);
   check_count("scales", a.scales.size(), nodes);
@@ -64,8 +66,8 @@ Node node_of(const RelaxArguments& a, size_t i, const Tensor& like) {
   const int64_t most = map ? int64_t{1} << 20 : int64_t{1} << 31;  // products of three stay within 64 bits
   EP_CHECK(size[0] > 0 && size[0] < most && (!map || (size[1] > 0 && size[2] > 0 && size[1] < most && size[2] < most)),
            kOp, "shapes", "C, H, W or F, 0, 0 for node " << i, size[0] << ", " << size[1] << ", " << size[2]);
-  Node node{{a.batch, size[0]}, a.states[i],  a.biases[i],      a.extra[i],
-            absent(like),       absent(like), a.nudge_gains[i], a.scales[i]};
+  Node node{{a.batch, size[0]}, a.states[i],      a.biases[i], a.extra[i], absent(like),
+            absent(like),       a.nudge_gains[i], a.scales[i], a.lo,       a.hi};
   if (map) node.shape.insert(node.shape.end(), {size[1], size[2]});
   const Ints free_shape = with_batch(node.shape, a.batch / a.phases);
   if (present(node.state)) check_stored("states", node.state, node.shape, a.storage, like);
@@ -93,6 +95,8 @@ Connection connection_of(const Rules& rules, const RelaxArguments& a, size_t c, 
   const Ints driven = g.drive_shape(source, sizes(weight));
   EP_CHECK(driven == nodes[flat[1]].shape, where, "shapes", list(driven) << " for node " << flat[1],
            list(nodes[flat[1]].shape));
+  const bool own = !a.feedback_weights.empty() && present(a.feedback_weights[c]);
+  if (own) check_like(where.c_str(), "feedback_weights", a.feedback_weights[c], sizes(weight), like);
   const Tensor &drive = a.drives[c], &winners = a.winners[c];
   if (present(drive)) {
     const int64_t samples = a.batch / a.phases;
@@ -100,7 +104,15 @@ Connection connection_of(const Rules& rules, const RelaxArguments& a, size_t c, 
     check_like(kOp, "drives", drive, free ? with_batch(driven, samples) : driven, like);
   }
   if (present(winners)) check_winners(kOp, winners, driven, a.batch, like);
-  return {flat[0], flat[1], g, weight, drive, winners, a.drive_gains[c], a.feedback_gains[c]};
+  return {flat[0],
+          flat[1],
+          g,
+          weight,
+          own ? a.feedback_weights[c] : weight,
+          drive,
+          winners,
+          a.drive_gains[c],
+          a.feedback_gains[c]};
 }
 
 }  // namespace
@@ -123,6 +135,11 @@ Relaxation read_relaxation(const Rules& rules, const RelaxArguments& a) {
   r.like = like;
   const int64_t nodes = static_cast<int64_t>(a.states.size());
   for (int64_t i = 0; i < nodes; ++i) r.nodes.push_back(node_of(a, i, like));
+  for (int64_t i : a.linear_nodes) {
+    EP_CHECK(i >= 1 && i < nodes, kOp, "linear_nodes", "nodes from 1 to " << nodes - 1, i);
+    r.nodes[i].lo = -std::numeric_limits<double>::infinity();
+    r.nodes[i].hi = std::numeric_limits<double>::infinity();
+  }
   Ints ends;
   for (size_t c = 0; c < a.weights.size(); ++c) {
     r.connections.push_back(connection_of(rules, a, c, r.nodes, like));

@@ -9,8 +9,9 @@ namespace ep {
 
 // In the order of the schema (csrc/schemas.h).
 struct RelaxArguments {
-  const Tensors &states, &weights, &biases, &drives, &winners, &free, &preactivations, &heads, &extra;
-  const Ints &shapes, &connections, &head_spec, &program;
+  const Tensors &states, &weights, &feedback_weights, &biases, &drives, &winners, &free, &preactivations, &heads;
+  const Tensors& extra;
+  const Ints &shapes, &connections, &head_spec, &program, &linear_nodes;
   const Floats &drive_gains, &feedback_gains, &nudge_gains, &scales, &head_scalars;
   int64_t batch, phases, steps, form;
   bool frozen, deferred;
@@ -22,7 +23,8 @@ struct RelaxArguments {
 struct Connection {
   int64_t src, dst;
   Geometry geometry;
-  Tensor weight, drive, winners;  // the last two may be absent
+  Tensor weight, feedback_weight;  // the same tensor unless the feedback has weights of its own
+  Tensor drive, winners;           // each may be absent
   double drive_gain, feedback_gain;
 };
 
@@ -30,7 +32,7 @@ struct Node {
   Ints shape;                  // [batch, ...]
   Tensor state, bias, extra;   // each may be absent; `extra` holds samples()
   Tensor free, preactivation;  // delta forms, not of node 0: samples()
-  double nudge_gain, scale;
+  double nudge_gain, scale, lo, hi;
 };
 
 struct Relaxation {
@@ -41,7 +43,7 @@ struct Relaxation {
   int64_t batch, phases, steps;
   bool frozen, deferred, keep;
   int64_t operands, storage;  // codes of the schema
-  Dynamics<double> dynamics;  // scale 1
+  Dynamics<double> dynamics;  // of no node in particular: scale 1, the box of those that have one
   double tol;
   Tensor like;  // a tensor of the dtype and device of all
 

@@ -26,6 +26,17 @@ void error_of(const Head& head, const Tensor& bias, const Tensor& target, const 
       for (int64_t i = 0; i < outputs; ++i) out[i] = weight * (out[i] - wanted[i]);
       continue;
     }
+    if (head.loss == Loss::kCosine) {
+      T z_square = 0, target_square = 0, product = 0;
+      for (int64_t i = 0; i < outputs; ++i) {
+        z_square += out[i] * out[i];
+        target_square += wanted[i] * wanted[i];
+        product += out[i] * wanted[i];
+      }
+      const CosineError<T> e = cosine_error(z_square, target_square, product, weight);
+      for (int64_t i = 0; i < outputs; ++i) out[i] = e.z_factor * out[i] + e.target_factor * wanted[i];
+      continue;
+    }
     const T top = *std::max_element(out, out + outputs);
     T sum = 0;
     for (int64_t i = 0; i < outputs; ++i) sum += out[i] = std::exp((out[i] - top) / tau);

@@ -113,7 +113,7 @@ class Run {
              "none");
     Ints shape = p_.nodes[conn.src].shape;
     const Tensor* won = present(winners_[c]) ? &winners_[c] : nullptr;
-    return feedback(states_[conn.dst], conn.weight, conn.geometry, shape, won, operands_of(p_));
+    return feedback(states_[conn.dst], conn.feedback_weight, conn.geometry, shape, won, operands_of(p_));
   }
 
   void nudge(int64_t i) {
@@ -187,6 +187,8 @@ class Run {
     if (keep_pre_ && !present(pre_[i])) pre_[i] = empty(node.shape, like_);
     Dynamics<double> dynamics = p_.dynamics;
     dynamics.scale = node.scale;
+    dynamics.lo = node.lo;
+    dynamics.hi = node.hi;
     dynamics.damping = damping_;
     const bool states = dynamics.form == Form::kStates;
     step(summands, states && present(node.bias) ? &node.bias : nullptr, present(states_[i]) ? &states_[i] : nullptr,
@@ -237,7 +239,9 @@ void prepare(Relaxation& r) {
     if (present(node.extra)) node.extra = tiled(node.extra, r, node.shape);
   }
   for (Connection& c : r.connections) {
+    const bool own = c.feedback_weight.data_ptr() != c.weight.data_ptr();
     c.weight = cast(dense(c.weight), operands_of(r));
+    c.feedback_weight = own ? cast(dense(c.feedback_weight), operands_of(r)) : c.weight;
     for (Tensor* t : {&c.drive, &c.winners}) *t = dense_if(*t);
   }
   for (Head& head : r.heads) {
@@ -248,18 +252,21 @@ void prepare(Relaxation& r) {
 }  // namespace
 
 std::tuple<Tensors, Tensors, Tensors, Tensors, Tensor> relax(
-    const Tensors& states, const Tensors& weights, const Tensors& biases, const Tensors& drives, const Tensors& winners,
-    const Tensors& free, const Tensors& preactivations, const Tensors& heads, const Tensors& extra, const Ints& shapes,
-    const Ints& connections, const Ints& head_spec, const Ints& program, const Floats& drive_gains,
-    const Floats& feedback_gains, const Floats& nudge_gains, const Floats& scales, const Floats& head_scalars,
-    int64_t batch, int64_t phases, int64_t steps, int64_t form, bool frozen, bool deferred, int64_t operands,
-    int64_t storage, bool keep, double damping, double slope, double lo, double hi, double tol) {
-  Relaxation r =
-      read_relaxation(kRules, {states,         weights,     biases,   drives,       winners,   free,    preactivations,
-                               heads,          extra,       shapes,   connections,  head_spec, program, drive_gains,
-                               feedback_gains, nudge_gains, scales,   head_scalars, batch,     phases,  steps,
-                               form,           frozen,      deferred, operands,     storage,   keep,    damping,
-                               slope,          lo,          hi,       tol});
+    const Tensors& states, const Tensors& weights, const Tensors& feedback_weights, const Tensors& biases,
+    const Tensors& drives, const Tensors& winners, const Tensors& free, const Tensors& preactivations,
+    const Tensors& heads, const Tensors& extra, const Ints& shapes, const Ints& connections, const Ints& head_spec,
+    const Ints& program, const Ints& linear_nodes, const Floats& drive_gains, const Floats& feedback_gains,
+    const Floats& nudge_gains, const Floats& scales, const Floats& head_scalars, int64_t batch, int64_t phases,
+    int64_t steps, int64_t form, bool frozen, bool deferred, int64_t operands, int64_t storage, bool keep,
+    double damping, double slope, double lo, double hi, double tol) {
+  // clang-format off
+  Relaxation r = read_relaxation(kRules, {
+      states, weights, feedback_weights, biases, drives, winners, free, preactivations, heads, extra,
+      shapes, connections, head_spec, program, linear_nodes,
+      drive_gains, feedback_gains, nudge_gains, scales, head_scalars,
+      batch, phases, steps, form, frozen, deferred, operands, storage, keep,
+      damping, slope, lo, hi, tol});
+  // clang-format on
   prepare(r);
   Run run(r);
   const Floats trace = run.run();

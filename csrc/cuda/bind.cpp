@@ -69,8 +69,8 @@ Step Binding::step(int64_t i, int old, int fresh, int64_t t, bool stops) {
   if (keeps(t)) s.pre_out = buffers_.pre(i).floats();
   s.damping = static_cast<float>(t == 0 ? std::min(dynamics.damping, 1.0) : dynamics.damping);
   s.slope = static_cast<float>(dynamics.slope);
-  s.lo = static_cast<float>(dynamics.lo);
-  s.hi = static_cast<float>(dynamics.hi);
+  s.lo = static_cast<float>(node.lo);
+  s.hi = static_cast<float>(node.hi);
   s.scale = static_cast<float>(node.scale);
   s.stop = stops;
   return s;

@@ -77,8 +77,8 @@ class LoweredHead {
     e.positions = outputs.size[1] * outputs.size[2];
     e.channels = outputs.size[3];
     e.real_channels = present(head_.map) ? static_cast<int32_t>(head_.map.size(0)) : grid_.channels;
-    e.softmax = head_.loss == Loss::kCrossEntropy;
-    e.factor = static_cast<float>(head_.weight * (e.softmax ? head_.temperature : 1.0));
+    e.loss = head_.loss;
+    e.factor = static_cast<float>(head_.weight * (e.loss == Loss::kCrossEntropy ? head_.temperature : 1.0));
     e.temperature = static_cast<float>(head_.temperature);
     e.control = control_;
     push(e, "error of head", outputs);

@@ -186,7 +186,7 @@ struct HeadError {
   const float* target;  // [target_samples, positions, channels]
   int32_t target_samples;
   int32_t n, positions, channels, real_channels;
-  bool softmax;
+  Loss loss;
   float factor, temperature;
   const Control* control;
 };

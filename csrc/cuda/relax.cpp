@@ -61,18 +61,21 @@ Programs& programs() {
 
 int64_t release() { return programs().clear(); }
 
-Outputs relax(const Tensors& states, const Tensors& weights, const Tensors& biases, const Tensors& drives,
-              const Tensors& winners, const Tensors& free, const Tensors& preactivations, const Tensors& heads,
-              const Tensors& extra, const Ints& shapes, const Ints& connections, const Ints& head_spec,
-              const Ints& program, const Floats& drive_gains, const Floats& feedback_gains, const Floats& nudge_gains,
-              const Floats& scales, const Floats& head_scalars, int64_t batch, int64_t phases, int64_t steps,
-              int64_t form, bool frozen, bool deferred, int64_t operands, int64_t storage, bool keep, double damping,
-              double slope, double lo, double hi, double tol) {
+Outputs relax(const Tensors& states, const Tensors& weights, const Tensors& feedback_weights, const Tensors& biases,
+              const Tensors& drives, const Tensors& winners, const Tensors& free, const Tensors& preactivations,
+              const Tensors& heads, const Tensors& extra, const Ints& shapes, const Ints& connections,
+              const Ints& head_spec, const Ints& program, const Ints& linear_nodes, const Floats& drive_gains,
+              const Floats& feedback_gains, const Floats& nudge_gains, const Floats& scales, const Floats& head_scalars,
+              int64_t batch, int64_t phases, int64_t steps, int64_t form, bool frozen, bool deferred, int64_t operands,
+              int64_t storage, bool keep, double damping, double slope, double lo, double hi, double tol) {
+  // clang-format off
   const RelaxArguments arguments{
-      states,  weights,     biases,    drives,  winners,     free,           preactivations, heads,   extra,
-      shapes,  connections, head_spec, program, drive_gains, feedback_gains, nudge_gains,    scales,  head_scalars,
-      batch,   phases,      steps,     form,    frozen,      deferred,       operands,       storage, keep,
-      damping, slope,       lo,        hi,      tol};
+      states, weights, feedback_weights, biases, drives, winners, free, preactivations, heads, extra,
+      shapes, connections, head_spec, program, linear_nodes,
+      drive_gains, feedback_gains, nudge_gains, scales, head_scalars,
+      batch, phases, steps, form, frozen, deferred, operands, storage, keep,
+      damping, slope, lo, hi, tol};
+  // clang-format on
   const Relaxation r = read_relaxation(kRelaxRules, arguments);
   const Place place(r.like);
   if (capturing(place.stream())) return Program(r).run_captured(r, place);

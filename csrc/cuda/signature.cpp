@@ -34,8 +34,9 @@ class Writer {
 
 std::string signature(const RelaxArguments& a) {
   Writer write;
-  write(a.states, a.weights, a.biases, a.drives, a.winners, a.free, a.preactivations, a.heads, a.extra);
-  write(a.shapes, a.connections, a.head_spec, a.program);
+  write(a.states, a.weights, a.feedback_weights, a.biases, a.drives, a.winners, a.free, a.preactivations, a.heads,
+        a.extra);
+  write(a.shapes, a.connections, a.head_spec, a.program, a.linear_nodes);
   write(a.drive_gains, a.feedback_gains, a.nudge_gains, a.scales, a.head_scalars);
   write(a.batch, a.phases, a.steps, a.form, a.frozen, a.deferred, a.operands, a.storage, a.keep);
   write(a.damping, a.slope, a.lo, a.hi, a.tol, a.weights[0].get_device_index());

@@ -165,10 +165,14 @@ class Buffers:
         source = self.r.network.shapes[conn.src]
         size = layout.feedback_size if feedback else layout.drive_size
         views = layout.feedback_views if feedback else layout.drive_views
+
+        def weight(r: Relaxation) -> Tensor:
+            return r.feedback_weight(c) if feedback else r.weights[c]
+
         return self.loaded(
             ("feedback matrix" if feedback else "drive matrix", c),
-            lambda: torch.zeros(size(self.r.weights[c], source), dtype=self.operand, device=self.device),
-            lambda out, r: views(out, r.weights[c], source),
+            lambda: torch.zeros(size(weight(self.r), source), dtype=self.operand, device=self.device),
+            lambda out, r: views(out, weight(r), source),
         )
 
     def copied(self, name: str, i: int, get: Callable[[Relaxation], Tensor], dtype: torch.dtype) -> Tensor:

@@ -36,9 +36,9 @@ def bind_nudge(buffers: Buffers, launch: NudgeLaunch, control: Tensor, *, stop: 
 
 
 def head_fuses(head: Head, shape: Shape) -> bool:
-    """A linear map of the whole state, of moderate size."""
+    """A linear map of the whole state, of moderate size, whose error needs no norms."""
     h, w, c = layout.map_shape(shape)
-    small = head.outputs is not None and head.outputs <= MAX_HEAD_OUTPUTS
+    small = head.outputs is not None and head.outputs <= MAX_HEAD_OUTPUTS and head.loss != "cosine"
     return small and head.pool is None and not head.pointwise and h * w * layout.padded(c) <= MAX_HEAD_FEATURES
 
 

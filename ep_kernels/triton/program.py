@@ -186,8 +186,7 @@ class Program:
                 FORMS.index(r.form),
                 min(r.damping, 1.0) if launch.first and not delta else r.damping,
                 r.network.slope,
-                r.network.lo,
-                r.network.hi,
+                *r.network.box(i),
                 r.scales[i],
             ),
             [self.loop(s, self.gain(s)) for s in launch.segments],
@@ -304,7 +303,10 @@ class Program:
                 self.arch, self.products, loop, size=(1, 1), pool=0, phases=r.phases, drive=flat, control=self.control,
                 stop=self.stops,
             )  # fmt: skip
-        weight = self.buffers.copied("weight", c, lambda r: r.weights[c], self.buffers.operand)
+        if segment.feedback:
+            weight = self.buffers.copied("feedback weight", c, lambda r: r.feedback_weight(c), self.buffers.operand)
+        else:
+            weight = self.buffers.copied("weight", c, lambda r: r.weights[c], self.buffers.operand)
         frozen = conn.pool == "max" and r.frozen
         winners = self.buffers.winners_of(c, launch.given_winners)[0] if conn.pool == "max" else None
         won = None if winners is None else layout.as_tensor(winners, above)

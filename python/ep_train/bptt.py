@@ -46,9 +46,10 @@ def free_sweep(
         for c in network.out_of[node]:
             conn = network.connections[c]
             winners = drive(c)[1] if conn.pool == "max" else None
+            own = parameters.feedback_weights[c] if parameters.feedback_weights else None
             back = reference.feedback(
                 read[conn.dst],
-                parameters.weights[c],
+                parameters.weights[c] if own is None else own,
                 network.shapes[node],
                 conn.stride,
                 conn.padding,
@@ -56,7 +57,7 @@ def free_sweep(
                 winners,
             )
             a = a + network.feedback_coefficient(c) * back
-        new[node] = reference.update(read[node], a, damping, network.slope, network.lo, network.hi)
+        new[node] = reference.update(read[node], a, damping, network.slope, *network.box(node))
     return new
 
 

@@ -68,8 +68,26 @@ __global__ void __launch_bounds__(kThreads, 1) error_kernel(const __grid_constan
   float* z = e.outputs + row * e.channels;
   const float* target = e.target + row % per_target * e.channels;
   const auto output = [&](int c) { return z[c] + (e.bias ? e.bias[c] : 0.0f); };
+  if (e.loss == Loss::kCosine) {
+    float z_square = 0.0f, target_square = 0.0f, product = 0.0f;
+    for (int c = lane; c < e.real_channels; c += 32) {
+      const float value = output(c);
+      z_square += value * value;
+      target_square += target[c] * target[c];
+      product += value * target[c];
+    }
+    z_square = warp_sum(z_square);
+    target_square = warp_sum(target_square);
+    product = warp_sum(product);
+    const CosineError<float> error = cosine_error(z_square, target_square, product, e.factor);
+    for (int c = lane; c < e.channels; c += 32) {
+      z[c] = c < e.real_channels ? error.z_factor * output(c) + error.target_factor * target[c] : 0.0f;
+    }
+    return;
+  }
+  const bool softmax = e.loss == Loss::kCrossEntropy;
   float top = -INFINITY, total = 1.0f;
-  if (e.softmax) {
+  if (softmax) {
     for (int c = lane; c < e.real_channels; c += 32) top = fmaxf(top, output(c) / e.temperature);
     top = warp_max(top);
     float part = 0.0f;
@@ -77,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 1) error_kernel(const __grid_constan
     total = warp_sum(part);
   }
   for (int c = lane; c < e.channels; c += 32) {
-    const float value = e.softmax ? expf(output(c) / e.temperature - top) / total : output(c);
+    const float value = softmax ? expf(output(c) / e.temperature - top) / total : output(c);
     z[c] = c < e.real_channels ? e.factor * (value - target[c]) : 0.0f;
   }
 }

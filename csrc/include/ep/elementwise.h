@@ -1,6 +1,7 @@
 // The element-wise mathematics of a relaxation step, once for every backend. Equations: docs/concepts.md.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -15,6 +16,8 @@ namespace ep {
 enum class Form : int64_t { kStates = 0, kDelta = 1, kTangent = 2 };
 
 enum class Pool : int64_t { kNone = 0, kMax = 1, kAvg = 2 };
+
+enum class Loss : int64_t { kCrossEntropy = 0, kMse = 1, kCosine = 2 };
 
 template <typename T>
 EP_HD inline T clamp(T x, T lo, T hi) {
@@ -45,6 +48,25 @@ EP_HD inline T tangent_clip(T pre, T increment, T lo, T hi) {
 template <typename T>
 EP_HD inline T damp(T old, T target, T eta) {
   return (T(1) - eta) * old + eta * target;
+}
+
+// Of the cosine loss: a vector with at most this norm has no direction, and gets no gradient.
+constexpr double kNoDirection = 1e-6;
+
+// The cosine loss differentiated by z: error = z_factor z + target_factor t, from |z|^2, |t|^2 and <z, t>.
+template <typename T>
+struct CosineError {
+  T z_factor, target_factor;
+};
+
+template <typename T>
+EP_HD inline CosineError<T> cosine_error(T z_square, T target_square, T product, T weight) {
+  const T least = T(kNoDirection) * T(kNoDirection);
+  const bool found = z_square != z_square || z_square > least;  // a NaN comes out
+  const bool wanted = target_square != target_square || target_square > least;
+  if (!found || !wanted) return {T(0), T(0)};
+  const T norm = sqrt(z_square), target_norm = sqrt(target_square);
+  return {weight * (product / target_norm) / (norm * z_square), -weight / (norm * target_norm)};
 }
 
 // Constants of one update of a node.

@@ -115,8 +115,8 @@ inline Gradients contrast(const Tensor& source, const std::optional<Tensor>& sou
 
 // Arguments of relax, named as in the schema: a whole plan. ep_kernels/relax_op.py shows how one is laid out.
 struct Relax {
-  Tensors states, weights, biases, drives, winners, free, preactivations, heads, extra;
-  Ints shapes, connections, head_spec, program;
+  Tensors states, weights, feedback_weights, biases, drives, winners, free, preactivations, heads, extra;
+  Ints shapes, connections, head_spec, program, linear_nodes;
   Floats drive_gains, feedback_gains, nudge_gains, scales, head_scalars;
   int64_t batch = 0, phases = 1, steps = 0, form = 0;
   bool frozen = false, deferred = false;
@@ -133,11 +133,11 @@ struct Relaxed {
 
 // Up to `steps` sweeps of a plan, in one call.
 inline Relaxed relax(const Relax& a) {
-  const auto stack =
-      detail::call<5>("ep_kernels::relax", a.states, a.weights, a.biases, a.drives, a.winners, a.free, a.preactivations,
-                      a.heads, a.extra, a.shapes, a.connections, a.head_spec, a.program, a.drive_gains,
-                      a.feedback_gains, a.nudge_gains, a.scales, a.head_scalars, a.batch, a.phases, a.steps, a.form,
-                      a.frozen, a.deferred, a.operands, a.storage, a.keep, a.damping, a.slope, a.lo, a.hi, a.tol);
+  const auto stack = detail::call<5>(
+      "ep_kernels::relax", a.states, a.weights, a.feedback_weights, a.biases, a.drives, a.winners, a.free,
+      a.preactivations, a.heads, a.extra, a.shapes, a.connections, a.head_spec, a.program, a.linear_nodes,
+      a.drive_gains, a.feedback_gains, a.nudge_gains, a.scales, a.head_scalars, a.batch, a.phases, a.steps, a.form,
+      a.frozen, a.deferred, a.operands, a.storage, a.keep, a.damping, a.slope, a.lo, a.hi, a.tol);
   return {detail::result<Tensors>(stack, 0), detail::result<Tensors>(stack, 1), detail::result<Tensors>(stack, 2),
           detail::result<Tensors>(stack, 3), detail::result<Tensor>(stack, 4)};
 }
