@@ -3,21 +3,12 @@
 from . import functional, reference
 from .backends import BackendError, backend, release
 from .config import RelaxConfig
+from .contrasts import Equilibrium, Nudged, contrast_gradients, contrasted_states, kolen_pollack
+from .holomorphic import holomorphic_gradients
 from .network import Connection, Head, Network
 from .parameters import Parameters
 from .plan import Plan, compile_plan
-from .solver import (
-    Equilibrium,
-    Nudged,
-    contrast_gradients,
-    contrasted_states,
-    ep_gradients,
-    free_phase,
-    nudged_gradients,
-    nudged_phase,
-    readout,
-    targets_for,
-)
+from .solver import ep_gradients, free_phase, nudged_gradients, nudged_phase, readout, targets_for
 
 __version__ = "0.1.0"
 
@@ -39,6 +30,8 @@ __all__ = [
     "ep_gradients",
     "free_phase",
     "functional",
+    "holomorphic_gradients",
+    "kolen_pollack",
     "nudged_gradients",
     "nudged_phase",
     "readout",

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import backends, cache, info, races
 from .architectures import ARCHITECTURES, architecture_of
 from .config import ESTIMATORS, RelaxConfig
-from .network import Network, Pool
+from .network import Network
 from .parameters import Parameters
 from .plan import SCHEDULES
 from .precision import Operands
@@ -117,7 +117,7 @@ def tune(asked: argparse.Namespace) -> int:
 
 
 def network_of(spec: str, input_shape: Sequence[int]) -> Network:
-    """A chain of 3x3 convolutions for a name of ARCHITECTURES or a spec such as ``64p-128p-256`` (p: max pooling).
+    """A network for a name of ARCHITECTURES or a spec such as ``64p-128p-256`` (p: max pooling).
 
     Raises:
         ValueError: neither; or an input that it pools to nothing.
@@ -125,11 +125,9 @@ def network_of(spec: str, input_shape: Sequence[int]) -> Network:
     architecture = architecture_of(spec, "argument --network")
     if len(input_shape) != 3 or min(input_shape) < 1:
         raise ValueError(f"argument --input: expected three numbers >= 1 (C H W), got {list(input_shape)}")
-    pools: list[Pool] = ["none"] * len(architecture.channels)
-    for i in architecture.pooled:
-        pools[i - 1] = "max"
     channels, height, width = input_shape
-    return Network.chain((channels, height, width), architecture.channels, pools, classes=CLASSES)
+    widths, hidden, connections = architecture.layout((channels, height, width))
+    return Network.graph((channels, height, width), widths, connections, classes=CLASSES, hidden=hidden)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -54,7 +54,7 @@ class RelaxConfig:
     schedule: Schedule = "sweep"
     free_steps: int = 4
     nudged_steps: int = 3
-    beta: float = 0.01
+    beta: float = 1e-3
     estimator: Estimator = "symmetric"
     form: Literal["states", "delta"] = "delta"
     winners: Winners = "frozen"

@@ -289,6 +289,10 @@ class Network:
         local_pool: int = 2,
         feedback_gain: float = 0.1,
         slope: float = 1.0,
+        lo: float = 0.0,
+        hi: float = 1.0,
+        linear_output: bool = False,
+        feedback: Feedback = "tied",
     ) -> Network:
         """A VGG-style chain of convolutions, then linear nodes ``hidden``, then the readout.
 
@@ -302,6 +306,9 @@ class Network:
             hidden: widths of linear nodes above the convolutions.
             local_heads: nodes (1 is the first) that get a cross-entropy head of weight ``local_weight`` on their map
                 averaged to at most ``local_pool`` squared.
+            lo, hi: the box of the states.
+            linear_output: the output units of ``mse`` are not clipped (Scellier et al. 2023).
+            feedback: as in :class:`Network`.
         """
         _require(len(channels) > 0, "Network.chain", "channels", "at least one width", repr(channels))
         _require(
@@ -319,7 +326,6 @@ class Network:
             f"one number or {len(channels)} of them",
             str(len(paddings)),
         )
-        _require(readout in ("softmax", "mse"), "Network.chain", "readout", "'softmax' or 'mse'", repr(readout))
         shapes: list[Shape] = [tuple(input_shape)]
         connections: list[Connection] = []
         for width, pool, pad in zip(channels, pools, paddings, strict=True):
@@ -337,18 +343,95 @@ class Network:
             )
             shapes.append((width, height, wide))
             connections.append(conn)
-        for width in (*hidden, *((classes,) if readout == "mse" else ())):
-            connections.append(Connection(len(shapes) - 1, len(shapes), None))
-            shapes.append((width,))
-        top = len(shapes) - 1
-        head = Head(top, classes) if readout == "softmax" else Head(top, None, loss="mse")
-        local = []
-        for node in local_heads:
-            _require(1 <= node <= top, "Network.chain", "local_heads", f"nodes from 1 to {top}", str(node))
-            shape = shapes[node]
-            pool_size = min(local_pool, shape[1], shape[2]) if len(shape) == 3 else None
-            local.append(Head(node, classes, pool=pool_size, weight=local_weight))
-        return Network(tuple(shapes), tuple(connections), head, tuple(local), feedback_gain, slope)
+        return _with_readout(
+            "Network.chain", shapes, connections, classes, hidden, readout, linear_output, local_heads, local_weight,
+            local_pool, feedback_gain, slope, lo, hi, feedback,
+        )  # fmt: skip
+
+    @staticmethod
+    def graph(
+        input_shape: tuple[int, int, int],
+        channels: Sequence[int],
+        connections: Sequence[Connection],
+        *,
+        classes: int,
+        hidden: Sequence[int] = (),
+        readout: Literal["softmax", "mse"] = "softmax",
+        local_heads: Sequence[int] = (),
+        local_weight: float = 0.2,
+        local_pool: int = 2,
+        feedback_gain: float = 0.1,
+        slope: float = 1.0,
+        lo: float = 0.0,
+        hi: float = 1.0,
+        linear_output: bool = False,
+        feedback: Feedback = "tied",
+    ) -> Network:
+        """Maps joined by any convolutions (skips, strides), then linear nodes ``hidden``, then the readout.
+
+        Args:
+            input_shape: (C, H, W) of the clamped input, node 0.
+            channels: width of node 1, 2, ...; a node's map is what its connections make of their sources'.
+            connections: convolutions between those nodes. Linear ones above the last node are added: do not list them.
+            classes, hidden, readout, local_heads, ...: as in :meth:`chain`.
+        """
+        where = "Network.graph"
+        _require(len(channels) > 0, where, "channels", "at least one width", repr(channels))
+        shapes: list[Shape] = [tuple(input_shape)]
+        for node, width in enumerate(channels, 1):
+            first = next((c for c in connections if c.dst == node), None)
+            ok = first is not None and first.kernel_size is not None
+            _require(ok, where, "connections", f"a convolution into node {node}", repr(first))
+            assert first is not None
+            height, wide = first.map_size(*shapes[first.src][1:])
+            if first.pool != "none":
+                height, wide = height // 2, wide // 2
+            expected = f"a map of at least 1x1 at node {node}"
+            got = f"{height}x{wide} (from an input of {input_shape[1]}x{input_shape[2]})"
+            _require(height > 0 and wide > 0, where, "connections", expected, got)
+            shapes.append((width, height, wide))
+        return _with_readout(
+            where, shapes, list(connections), classes, hidden, readout, linear_output, local_heads, local_weight,
+            local_pool, feedback_gain, slope, lo, hi, feedback,
+        )  # fmt: skip
+
+
+def _with_readout(
+    where: str,
+    shapes: list[Shape],
+    connections: list[Connection],
+    classes: int,
+    hidden: Sequence[int],
+    readout: Literal["softmax", "mse"],
+    linear_output: bool,
+    local_heads: Sequence[int],
+    local_weight: float,
+    local_pool: int,
+    feedback_gain: float,
+    slope: float,
+    lo: float,
+    hi: float,
+    feedback: Feedback,
+) -> Network:
+    """The network of these maps, with linear nodes and the readout above the last."""
+    _require(readout in ("softmax", "mse"), where, "readout", "'softmax' or 'mse'", repr(readout))
+    expected = "readout 'mse', whose output units it is of"
+    _require(readout == "mse" or not linear_output, where, "linear_output", expected, repr(readout))
+    for width in (*hidden, *((classes,) if readout == "mse" else ())):
+        connections.append(Connection(len(shapes) - 1, len(shapes), None))
+        shapes.append((width,))
+    top = len(shapes) - 1
+    head = Head(top, classes) if readout == "softmax" else Head(top, None, loss="mse")
+    local = []
+    for node in local_heads:
+        _require(1 <= node <= top, where, "local_heads", f"nodes from 1 to {top}", str(node))
+        shape = shapes[node]
+        pool_size = min(local_pool, shape[1], shape[2]) if len(shape) == 3 else None
+        local.append(Head(node, classes, pool=pool_size, weight=local_weight))
+    linear = (top,) if linear_output else ()
+    return Network(
+        tuple(shapes), tuple(connections), head, tuple(local), feedback_gain, slope, lo, hi, linear, feedback
+    )
 
 
 def _require(condition: bool, where: str, argument: str, expected: str, got: str) -> None:

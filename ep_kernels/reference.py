@@ -30,8 +30,16 @@ def convolve(source: Tensor, weight: Tensor, stride: Pair = (1, 1), padding: Pai
     """``W * s``: [B, C_dst, H', W'], or [B, F_dst] when ``weight`` is a matrix (the source is flattened)."""
     if weight.dim() == 2:
         return source.flatten(1) @ weight.t()
+    if _samples(weight.shape, stride, padding):
+        source, stride = source[..., :: stride[0], :: stride[1]], (1, 1)
     out: Tensor = F.conv2d(source, weight, stride=tuple(stride), padding=tuple(padding))
     return out
+
+
+def _samples(shape: Sequence[int], stride: Pair, padding: Pair) -> bool:
+    """A strided 1x1 convolution, which reads some pixels and no others. They are taken out first: on the CPU torch's
+    gradient of its weight writes out of bounds (torch 2.13.0, oneDNN 3.12: channels_last and few channels)."""
+    return tuple(shape[2:]) == (1, 1) and tuple(padding) == (0, 0) and tuple(stride) != (1, 1)
 
 
 def convolve_adjoint(above: Tensor, weight: Tensor, shape: Sequence[int], stride: Pair, padding: Pair) -> Tensor:
@@ -39,6 +47,10 @@ def convolve_adjoint(above: Tensor, weight: Tensor, shape: Sequence[int], stride
     if weight.dim() == 2:
         flat: Tensor = above @ weight
         return flat.view(above.shape[0], *shape)
+    if _samples(weight.shape, stride, padding):
+        full = above.new_zeros(above.shape[0], *shape)
+        full[..., :: stride[0], :: stride[1]] = F.conv_transpose2d(above, weight)
+        return full
     # what the floor of the forward map leaves over: 0 to stride - 1 rows, as output_padding takes
     extra = [
         n + 2 * p - k - (m - 1) * s
@@ -52,6 +64,8 @@ def convolve_adjoint(above: Tensor, weight: Tensor, shape: Sequence[int], stride
 
 def convolve_weight(above: Tensor, source: Tensor, shape: Sequence[int], stride: Pair, padding: Pair) -> Tensor:
     """Gradient of ``<above, W * source>`` with respect to W, in ``shape`` [C_dst, C_src, kh, kw]; sums the batch."""
+    if _samples(shape, stride, padding):
+        source, stride = source[..., :: stride[0], :: stride[1]], (1, 1)
     out: Tensor = conv2d_weight(source, list(shape), above, stride=tuple(stride), padding=tuple(padding))
     return out
 
@@ -227,7 +241,7 @@ def head_loss(head: Head, z: Tensor, target: Tensor) -> Tensor:
     if head.loss == "mse":
         return head.weight * 0.5 * (z - target).square().flatten(1).sum(1)
     if head.loss == "cosine":
-        return head.weight * (1 - (directions(z) * directions(target)).sum(1)).flatten(1).sum(1)
+        return head.weight * (1 - (directions(z) * directions(target)).sum(1, keepdim=True)).flatten(1).sum(1)
     tau = head.temperature
     return head.weight * tau**2 * -(target * F.log_softmax(z / tau, 1)).flatten(1).sum(1)
 
@@ -239,14 +253,15 @@ def head_error(head: Head, z: Tensor, target: Tensor) -> Tensor:
     if head.loss == "cosine":
         unit, wanted, norm = directions(z), directions(target), z.norm(dim=1, keepdim=True)
         along = (unit * wanted).sum(1, keepdim=True)
-        return torch.where(norm > NO_DIRECTION, head.weight * (unit * along - wanted) / norm, torch.zeros_like(z))
+        error = head.weight * (unit * along - wanted) / norm.clamp_min(NO_DIRECTION)
+        return torch.where(norm <= NO_DIRECTION, 0.0, error)
     return head.weight * head.temperature * (F.softmax(z / head.temperature, 1) - target)
 
 
 def directions(z: Tensor) -> Tensor:
     """``z / |z|`` over dimension 1 (at every pixel of a map); zero where |z| is at most ``NO_DIRECTION``."""
     norm = z.norm(dim=1, keepdim=True)
-    return torch.where(norm > NO_DIRECTION, z / norm.clamp_min(NO_DIRECTION), torch.zeros_like(z))
+    return torch.where(norm <= NO_DIRECTION, 0.0, z / norm.clamp_min(NO_DIRECTION))
 
 
 def head_gradient(head: Head, state: Tensor, weight: Tensor | None, bias: Tensor | None, target: Tensor) -> Tensor:

@@ -216,7 +216,8 @@ def relaxation_of(
     """The relaxation that the op's arguments describe, the inverse of :func:`flat`.
 
     Equal lists give the same ``network`` and ``plan`` objects. They are those that were encoded but for what no
-    executor reads: the network's feedback gain (its powers are in the relaxation's gains), the plan's order.
+    executor reads: the network's feedback gain (its powers are in the relaxation's gains), what its heads are tied to,
+    the plan's order.
 
     Raises:
         ValueError, IndexError: lists that describe no relaxation.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -13,59 +13,13 @@ from torch import Tensor
 
 from . import backends, reference
 from .config import RelaxConfig
+from .contrasts import Equilibrium, Nudged, combined, contrast_gradients, tile
 from .network import Network, Shape
 from .parameters import Parameters
 from .plan import Form, Plan, Step, compile_plan
-from .precision import Operands
-from .relaxation import Contrast, Relaxation, Relaxed
+from .relaxation import Relaxation, Relaxed
 
 log = logging.getLogger("ep_kernels")
-
-
-@dataclass(frozen=True)
-class Equilibrium:
-    """Result of the free phase.
-
-    Attributes:
-        states: per node, [B, ...]; index 0 is the clamped input, the others are float16 if that is the ``storage``.
-        preactivations: per node, gamma a of its last update ([] when not kept).
-        drives, winners: by connection: drives that are those of the final states, winners of the last ones computed
-            (those of the final states if kept).
-        residual: [B], max over units of |s_{t+1} - s_t| in the last sweep that ran.
-        trace: [steps, B], the residual of every sweep.
-        steps: sweeps that ran.
-        converged: every residual is at most ``tol``; None when tol is 0, which never tests.
-    """
-
-    states: list[Tensor]
-    preactivations: list[Tensor | None]
-    drives: dict[int, Tensor]
-    winners: dict[int, Tensor]
-    residual: Tensor
-    trace: Tensor
-    steps: int
-    converged: bool | None
-
-
-@dataclass(frozen=True)
-class Nudged:
-    """Result of the nudged phases: ``deltas[i] / scales[i] = s^i - s_free^i``, [B, ...] or [2B, ...] (+beta first).
-
-    Attributes:
-        deltas: per node; in float16 if that is the ``storage`` of the delta form, else in the parameters' dtype.
-        beta: signed: -beta for the ``negative`` estimator.
-        centre: weight of the deltas in the contrast's mean: 1/2, or 0 for the tangent.
-        trace: [steps, n], the residual of every sweep, in the states' units.
-        winners: those of the nudged states by connection, when they are live; else {}.
-    """
-
-    deltas: list[Tensor | None]
-    scales: list[float]
-    phases: int
-    beta: float
-    centre: float
-    trace: Tensor
-    winners: dict[int, Tensor]
 
 
 @torch.no_grad()
@@ -162,9 +116,10 @@ def nudged_phase(
         raise ValueError("nudged_phase: argument 'equilibrium': expected one found with keep=True, got one without")
     x = equilibrium.states[0]
     _check_targets(network, targets, extra, equilibrium.states)
-    _check_estimator(network, config)
+    _check_estimator(network, config, extra)
     free = [x, *_stored(equilibrium.states[1:], x, config)]
     form = config.nudge_form
+    clamped = frozenset({network.readout.node}) if config.clamps else frozenset()
     phases = 2 if config.estimator in ("symmetric", "five_phase") else 1
     beta = _signed_beta(config)
     scales = delta_scales(network, beta) if form != "states" else [1.0] * len(network.shapes)
@@ -176,9 +131,9 @@ def nudged_phase(
         winners=config.winners,
         linear_nudge=config.linear_nudge,
         warm=form == "states",
-        kept=frozenset(equilibrium.drives) if form == "states" else frozenset(),
+        kept=frozenset(c for c in equilibrium.drives if network.connections[c].src not in clamped and form == "states"),
         extra=frozenset(extra),
-        clamped=frozenset({network.readout.node}) if config.clamps else frozenset(),
+        clamped=clamped,
         steps=config.nudged_steps,
     )
     if form != "states":
@@ -187,7 +142,7 @@ def nudged_phase(
     count = len(network.connections)
     top = network.readout.node
     if form == "states":
-        start: list[Tensor | None] = [_tile(s, phases) for s in free]
+        start: list[Tensor | None] = [tile(s, phases) for s in free]
     else:
         start = [None] * len(network.shapes)
     if config.clamps:
@@ -230,64 +185,9 @@ def nudged_phase(
     deltas: list[Tensor | None] = [None]
     for before, state in zip(free[1:], relaxed.states[1:], strict=True):
         assert state is not None
-        deltas.append(state.to(x.dtype) - _tile(before.to(x.dtype), phases) if form == "states" else state)
+        deltas.append(state.to(x.dtype) - tile(before.to(x.dtype), phases) if form == "states" else state)
     centre = 0.0 if form == "tangent" else 0.5
     return Nudged(deltas, scales, phases, beta, centre, relaxed.residual, relaxed.winners)
-
-
-@torch.no_grad()
-def contrast_gradients(
-    network: Network,
-    parameters: Parameters,
-    equilibrium: Equilibrium,
-    nudged: Nudged,
-    targets: Sequence[Tensor],
-    *,
-    operands: Operands = None,
-    backend: str | None = None,
-) -> Parameters:
-    """Gradients of the batch-mean loss from the two phases (Laborieux et al. 2021, with the feedback gain).
-
-    ``dL/dW_c = -k^(level(dst)-N) ( d<s^dst, drive_c>/dW at +beta - the same at -beta ) / (2 beta)``; heads get the mean
-    of their ordinary gradients at the contrasted states.
-
-    Args:
-        operands: precision of the operands of the two matrix products, as in :class:`RelaxConfig`.
-    """
-    x = equilibrium.states[0]
-    batch = max(x.shape[0], 1)
-    span = nudged.beta * (2 if nudged.phases == 2 else 1)
-    jobs: list[Contrast] = []
-    for c, conn in enumerate(network.connections):
-        level_gain = network.nudge_coefficient(conn.dst)
-        delta = nudged.deltas[conn.dst]
-        assert delta is not None
-        job = Contrast(
-            conn,
-            parameters.weights[c],
-            equilibrium.states[conn.src],
-            nudged.deltas[conn.src],
-            equilibrium.states[conn.dst],
-            delta,
-            _contrast_winners(equilibrium, nudged, c) if conn.pool == "max" else None,
-            source_gain=1 / nudged.scales[conn.src],
-            target_gain=1 / nudged.scales[conn.dst],
-            centre=nudged.centre,
-            scale=-1 / (level_gain * span * batch),
-            operands=operands,
-        )
-        jobs += _split(job) if network.has_feedback_weight(c) else [job]
-    found = iter(backends.contrasts(jobs, backend))
-    weights: list[Tensor] = []
-    feedback_weights: list[Tensor | None] = []
-    biases: list[Tensor | None] = [None] * len(network.shapes)
-    for c, conn in enumerate(network.connections):
-        weight, biases[conn.dst] = next(found)
-        weights.append(weight)
-        feedback_weights.append(next(found)[0] if network.has_feedback_weight(c) else None)
-    head_weights, head_biases = _head_gradients(network, parameters, equilibrium, nudged, targets)
-    separate = network.feedback == "separate"
-    return Parameters(weights, biases, head_weights, head_biases, feedback_weights if separate else ())
 
 
 def ep_gradients(
@@ -338,7 +238,7 @@ def nudged_gradients(
     if config.estimator != "five_phase":
         return gradients, nudged
     wider, _ = at(replace(config, beta=2 * config.beta))
-    return _combined(gradients, wider, 4 / 3, -1 / 3), nudged
+    return combined(gradients, wider, 4 / 3, -1 / 3), nudged
 
 
 def readout(network: Network, parameters: Parameters, equilibrium: Equilibrium, head: int = 0) -> Tensor:
@@ -399,77 +299,6 @@ def _valid_drives(network: Network, config: RelaxConfig, drives: dict[int, Tenso
     return {c: t for c, t in drives.items() if conns[c].src == 0 or conns[c].pool in pools}
 
 
-def _contrast_winners(equilibrium: Equilibrium, nudged: Nudged, c: int) -> Tensor | None:
-    """Winners of connection c in the contrasted states: the free ones, or live ones of both (reference.contrast)."""
-    free, live = equilibrium.winners.get(c), nudged.winners.get(c)
-    if live is None or free is None:
-        return free
-    return live if nudged.phases == 2 else torch.cat([live, free])
-
-
-def _head_gradients(
-    network: Network, parameters: Parameters, equilibrium: Equilibrium, nudged: Nudged, targets: Sequence[Tensor]
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    weights: list[Tensor | None] = []
-    biases: list[Tensor | None] = []
-    for h, head in enumerate(network.heads):
-        weight = parameters.head_weights[h]
-        if weight is None:
-            weights.append(None)
-            biases.append(None)
-            continue
-        state = contrasted_states(equilibrium, nudged, head.node).to(weight.dtype)
-        tiles = 1 if nudged.centre == 0.0 else 2
-        z = reference.head_output(head, state, weight, parameters.head_biases[h])
-        error = reference.head_error(head, z, _tile(targets[h], tiles)) / max(state.shape[0], 1)
-        feature = reference.head_feature(head, state)
-        if head.pointwise:
-            error = error.movedim(1, -1).flatten(0, -2)
-            feature = feature.movedim(1, -1)
-            map_gradient = (error.t() @ feature.flatten(0, -2)).view_as(weight)
-        else:
-            map_gradient = error.t() @ feature.flatten(1)
-        weights.append(map_gradient)
-        biases.append(error.sum(0))
-        if head.tied is not None:
-            for group in (weights, biases):
-                own, other = group[head.tied], group[h]
-                assert own is not None
-                assert other is not None
-                group[head.tied], group[h] = own + other, None
-    return weights, biases
-
-
-def _split(job: Contrast) -> list[Contrast]:
-    """The two products of a contrast, for the weight (what the nudge changes at the destination, times the source) and
-    for the feedback weight (the destination, times what it changes at the source)."""
-    assert job.source_delta is not None
-    source, delta = job.source.to(job.weight.dtype), job.source_delta.to(job.weight.dtype)
-    both = delta if delta.shape[0] == source.shape[0] else delta[: source.shape[0]] + delta[source.shape[0] :]
-    forward = replace(job, source=source + job.centre * job.source_gain * both, source_delta=None)
-    target = job.target.to(job.weight.dtype)
-    moved = job.target_delta.to(job.weight.dtype)
-    both = moved if moved.shape[0] == target.shape[0] else moved[: target.shape[0]] + moved[target.shape[0] :]
-    target = target + job.centre * job.target_gain * both
-    return [forward, replace(job, target=target, target_delta=torch.zeros_like(job.target_delta))]
-
-
-def _combined(first: Parameters, second: Parameters, a: float, b: float) -> Parameters:
-    """``a first + b second``, tensor by tensor."""
-
-    def add(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [None if x is None or y is None else a * x + b * y for x, y in zip(ours, theirs, strict=True)]
-
-    weights = [a * x + b * y for x, y in zip(first.weights, second.weights, strict=True)]
-    return Parameters(
-        weights,
-        add(first.biases, second.biases),
-        add(first.head_weights, second.head_weights),
-        add(first.head_biases, second.head_biases),
-        add(first.feedback_weights, second.feedback_weights),
-    )
-
-
 def _signed_beta(config: RelaxConfig) -> float:
     if config.estimator in ("tangent", "contrastive"):
         return 1.0
@@ -480,23 +309,6 @@ def _clamped(free: Tensor, target: Tensor, beta: float, form: Form, scale: float
     """Where coupled learning holds the output units: ``beta`` of the way from the free state to the target."""
     delta = beta * (target - free.to(target.dtype))
     return (free + delta if form == "states" else scale * delta).to(free.dtype)
-
-
-def contrasted_states(equilibrium: Equilibrium, nudged: Nudged, node: int) -> Tensor:
-    """States of a node in the two phases that are contrasted, [2B, ...]; of the tangent, where both are the free
-    equilibrium, [B, ...]."""
-    free = equilibrium.states[node]
-    delta = nudged.deltas[node]
-    assert delta is not None
-    if nudged.centre == 0.0:
-        return free
-    moved = delta.to(torch.promote_types(delta.dtype, torch.float32)) / nudged.scales[node]
-    free = free.to(moved.dtype)
-    return _tile(free, 2) + moved if nudged.phases == 2 else torch.cat([free + moved, free])
-
-
-def _tile(x: Tensor, times: int) -> Tensor:
-    return x if times == 1 else torch.cat([x] * times)
 
 
 def _stored(states: Sequence[Tensor | None], x: Tensor, config: RelaxConfig) -> list[Tensor]:
@@ -565,12 +377,17 @@ def _check_targets(
         _check_tensor("nudged_phase", f"extra[{node}]", tensor, tuple(states[node].shape), x)
 
 
-def _check_estimator(network: Network, config: RelaxConfig) -> None:
+def _check_estimator(network: Network, config: RelaxConfig, extra: Mapping[int, Tensor]) -> None:
     readout = network.readout
     if config.clamps and (readout.loss, readout.outputs) != ("mse", None):
         raise ValueError(
             f"nudged_phase: argument 'config': expected an mse readout (output units inside the dynamics) with "
             f"estimator '{config.estimator}', got a {readout.loss} readout"
+        )
+    if config.clamps and (readout.node in extra or any(head.node == readout.node for head in network.local_heads)):
+        raise ValueError(
+            f"nudged_phase: argument 'config': expected no other loss on the output units (node {readout.node}), which "
+            f"estimator '{config.estimator}' clamps, got a local head or an extra nudge there"
         )
     if network.feedback == "separate" and config.winners == "live":
         raise ValueError(

@@ -17,9 +17,10 @@ std::tuple<Tensor, Tensor> contrast(const Tensor& source, const std::optional<Te
                                     double centre, double scale, int64_t operands);
 
 std::tuple<Tensors, Tensors, Tensors, Tensors, Tensor> relax(
-    const Tensors& states, const Tensors& weights, const Tensors& feedback_weights, const Tensors& biases, const Tensors& drives, const Tensors& winners,
-    const Tensors& free, const Tensors& preactivations, const Tensors& heads, const Tensors& extra, const Ints& shapes,
-    const Ints& connections, const Ints& head_spec, const Ints& program, const Ints& linear_nodes, const Floats& drive_gains,
-    const Floats& feedback_gains, const Floats& nudge_gains, const Floats& scales, const Floats& head_scalars,
-    int64_t batch, int64_t phases, int64_t steps, int64_t form, bool frozen, bool deferred, int64_t operands,
-    int64_t storage, bool keep, double damping, double slope, double lo, double hi, double tol);
+    const Tensors& states, const Tensors& weights, const Tensors& feedback_weights, const Tensors& biases,
+    const Tensors& drives, const Tensors& winners, const Tensors& free, const Tensors& preactivations,
+    const Tensors& heads, const Tensors& extra, const Ints& shapes, const Ints& connections, const Ints& head_spec,
+    const Ints& program, const Ints& linear_nodes, const Floats& drive_gains, const Floats& feedback_gains,
+    const Floats& nudge_gains, const Floats& scales, const Floats& head_scalars, int64_t batch, int64_t phases,
+    int64_t steps, int64_t form, bool frozen, bool deferred, int64_t operands, int64_t storage, bool keep,
+    double damping, double slope, double lo, double hi, double tol);

@@ -95,8 +95,8 @@ Connection connection_of(const Rules& rules, const RelaxArguments& a, size_t c, 
   const Ints driven = g.drive_shape(source, sizes(weight));
   EP_CHECK(driven == nodes[flat[1]].shape, where, "shapes", list(driven) << " for node " << flat[1],
            list(nodes[flat[1]].shape));
-  const bool own = !a.feedback_weights.empty() && present(a.feedback_weights[c]);
-  if (own) check_like(where.c_str(), "feedback_weights", a.feedback_weights[c], sizes(weight), like);
+  const Tensor feedback_weight = a.feedback_weights.empty() ? absent(like) : a.feedback_weights[c];
+  if (present(feedback_weight)) check_like(where.c_str(), "feedback_weights", feedback_weight, sizes(weight), like);
   const Tensor &drive = a.drives[c], &winners = a.winners[c];
   if (present(drive)) {
     const int64_t samples = a.batch / a.phases;
@@ -104,15 +104,7 @@ Connection connection_of(const Rules& rules, const RelaxArguments& a, size_t c, 
     check_like(kOp, "drives", drive, free ? with_batch(driven, samples) : driven, like);
   }
   if (present(winners)) check_winners(kOp, winners, driven, a.batch, like);
-  return {flat[0],
-          flat[1],
-          g,
-          weight,
-          own ? a.feedback_weights[c] : weight,
-          drive,
-          winners,
-          a.drive_gains[c],
-          a.feedback_gains[c]};
+  return {flat[0], flat[1], g, weight, feedback_weight, drive, winners, a.drive_gains[c], a.feedback_gains[c]};
 }
 
 }  // namespace

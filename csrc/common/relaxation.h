@@ -23,9 +23,10 @@ struct RelaxArguments {
 struct Connection {
   int64_t src, dst;
   Geometry geometry;
-  Tensor weight, feedback_weight;  // the same tensor unless the feedback has weights of its own
-  Tensor drive, winners;           // each may be absent
+  Tensor weight, own_feedback_weight, drive, winners;  // all but the first may be absent
   double drive_gain, feedback_gain;
+
+  const Tensor& feedback_weight() const { return present(own_feedback_weight) ? own_feedback_weight : weight; }
 };
 
 struct Node {

@@ -113,7 +113,7 @@ class Run {
              "none");
     Ints shape = p_.nodes[conn.src].shape;
     const Tensor* won = present(winners_[c]) ? &winners_[c] : nullptr;
-    return feedback(states_[conn.dst], conn.feedback_weight, conn.geometry, shape, won, operands_of(p_));
+    return feedback(states_[conn.dst], conn.feedback_weight(), conn.geometry, shape, won, operands_of(p_));
   }
 
   void nudge(int64_t i) {
@@ -239,9 +239,8 @@ void prepare(Relaxation& r) {
     if (present(node.extra)) node.extra = tiled(node.extra, r, node.shape);
   }
   for (Connection& c : r.connections) {
-    const bool own = c.feedback_weight.data_ptr() != c.weight.data_ptr();
     c.weight = cast(dense(c.weight), operands_of(r));
-    c.feedback_weight = own ? cast(dense(c.feedback_weight), operands_of(r)) : c.weight;
+    if (present(c.own_feedback_weight)) c.own_feedback_weight = cast(dense(c.own_feedback_weight), operands_of(r));
     for (Tensor* t : {&c.drive, &c.winners}) *t = dense_if(*t);
   }
   for (Head& head : r.heads) {

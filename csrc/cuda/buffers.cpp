@@ -107,9 +107,9 @@ const Buffer& Buffers::feedback_matrix(int64_t c) {
   const Connection& conn = r_->connections[c];
   const Extent source = extents_[conn.src];
   return loaded(
-      "feedback matrix", c, [&] { return new_feedback_matrix(conn.feedback_weight, source, operand_, like_); },
+      "feedback matrix", c, [&] { return new_feedback_matrix(conn.feedback_weight(), source, operand_, like_); },
       [c, source](const Relaxation& r, const Buffer& to) {
-        return fill_feedback_matrix(r.connections[c].feedback_weight, source, to);
+        return fill_feedback_matrix(r.connections[c].feedback_weight(), source, to);
       });
 }
 

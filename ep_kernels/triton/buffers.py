@@ -31,7 +31,7 @@ class Buffers:
         self.device = r.weights[0].device
         self.storage = r.storage or torch.float32
         self.operand = r.operands if isinstance(r.operands, torch.dtype) else torch.float32
-        self.warm = r.states[1] is not None
+        self.given_states = frozenset(i for i, s in enumerate(r.states) if i and s is not None)
         self.nodes = {i: shape for i, shape in enumerate(r.network.shapes) if i}
         launches = [*r.plan.prologue, *(x for sweep in r.plan.sweeps for x in sweep), *r.plan.refresh]
         drives = {launch.connection for launch in launches if isinstance(launch, Drive)}
@@ -118,9 +118,9 @@ class Buffers:
         return self.buffer((name, i), lambda: layout.new_map(self.r.batch, self.nodes[i], dtype, self.device))
 
     def state(self, i: int, slot: int) -> Tensor:
-        """The stored state of a node; slot 0 of a warm start is given."""
+        """The stored state of a node; slot 0 may be given."""
         state = self.shelf(f"state {slot}", i, self.nodes, self.storage)
-        if slot == 0 and self.warm:
+        if slot == 0 and i in self.given_states:
             return self.loaded(
                 ("state 0", i), lambda: state, lambda out, r: layout.fill_views(out, present(r.states[i]))
             )
@@ -128,7 +128,7 @@ class Buffers:
 
     def operand_of(self, i: int, slot: int) -> Tensor:
         """The state as the products read it: the stored one if it has their dtype."""
-        if i == 0 or (slot == 0 and self.warm and self.operand != self.storage):
+        if i == 0 or (slot == 0 and i in self.given_states and self.operand != self.storage):
             return self.given("operand 0", i, self.operand, lambda r: present(r.states[i]), i)
         if self.operand == self.storage:
             return self.state(i, slot)
@@ -215,6 +215,7 @@ def outline(r: Relaxation) -> Relaxation:
         head_biases=each(r.head_biases),
         targets=[bare(t) for t in r.targets],
         extra={i: bare(t) for i, t in r.extra.items()},
+        feedback_weights=each(r.feedback_weights),
     )
 
 

@@ -80,7 +80,7 @@ class StepLaunch:
 
 @dataclass(frozen=True)
 class UnpoolLaunch:
-    """P^-1 of a warm start's state, where a feedback reads it before any launch writes it."""
+    """P^-1 of a given state, where a feedback reads it before any launch writes it."""
 
     connection: int
     slot: int
@@ -123,22 +123,39 @@ def fuses(conn: Connection, source_is_map: bool, *, feedback: bool) -> bool:
 
 
 def lower(
-    network: Network, plan: Plan, steps: int, form: Form, *, warm: bool, frozen: bool, keep: bool, every: bool = False
+    network: Network,
+    plan: Plan,
+    steps: int,
+    form: Form,
+    *,
+    given: frozenset[int] = frozenset(),
+    frozen: bool,
+    keep: bool,
+    every: bool = False,
 ) -> Lowered:
-    """Lower a plan for ``steps`` sweeps. ``every``: keep the pre-activations of every sweep, not of the last only
-    (a relaxation that may stop early)."""
-    return _Lowering(network, plan, steps, form, warm, frozen, keep, every).run()
+    """Lower a plan for ``steps`` sweeps. ``given``: nodes whose state (or delta) comes with the relaxation; the others
+    begin at zero. ``every``: keep the pre-activations of every sweep, not of the last only (a relaxation that may stop
+    early)."""
+    return _Lowering(network, plan, steps, form, given, frozen, keep, every).run()
 
 
 class _Lowering:
     def __init__(
-        self, network: Network, plan: Plan, steps: int, form: Form, warm: bool, frozen: bool, keep: bool, every: bool
+        self,
+        network: Network,
+        plan: Plan,
+        steps: int,
+        form: Form,
+        given: frozenset[int],
+        frozen: bool,
+        keep: bool,
+        every: bool,
     ):
         self.network, self.plan, self.steps = network, plan, steps
         self.frozen, self.keep, self.every = frozen, keep, every
-        nodes = len(network.shapes)
-        self.slot: list[int | None] = [0 if warm and form == "states" else None for _ in range(nodes)]
+        self.slot: list[int | None] = [0 if i in given else None for i in range(len(network.shapes))]
         self.slot[0] = 0 if form == "states" else None
+        self.stepped: set[int] = set()
         self.driven: set[int] = set()
 
     def run(self) -> Lowered:
@@ -146,13 +163,16 @@ class _Lowering:
         sweeps = tuple(self.sweep(t) for t in range(self.steps))
         refresh: Launches = ()
         if self.every and self.plan.deferred and self.steps > 2:
-            refresh = (SettleLaunch(tuple(self.slot), self.steps % 2 == 0),)
+            refresh = (SettleLaunch(self.ends(), self.steps % 2 == 0),)
         if self.keep:
             refresh += tuple(
                 replace(launch, stoppable=False) if isinstance(launch, DriveLaunch) else launch
                 for launch in self.launches(self.plan.refresh, None)
             )
-        return Lowered(prologue, sweeps, refresh, tuple(self.slot), frozenset(self.driven))
+        return Lowered(prologue, sweeps, refresh, self.ends(), frozenset(self.driven))
+
+    def ends(self) -> tuple[int | None, ...]:
+        return tuple(slot if i in self.stepped else None for i, slot in enumerate(self.slot))
 
     def unpool_start(self) -> Iterator[UnpoolLaunch]:
         for c, conn in enumerate(self.network.connections):
@@ -198,6 +218,7 @@ class _Lowering:
 
     def step(self, step: Step, t: int, at: int) -> Iterator[Launch]:
         node = step.node
+        self.stepped.add(node)
         finished = tuple((c, c not in self.driven) for c in step.finished)
         wanted = [Segment(c, True, self.slot_of(c, "dst")) for c in step.above]
         wanted += [Segment(c, False, self.slot_of(c, "src")) for c in step.below]

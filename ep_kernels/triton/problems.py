@@ -22,7 +22,7 @@ def training_problems(network: Network, config: RelaxConfig, batch: int) -> list
     """Problems of the free phase, the nudged phase and the contrast of ``batch`` samples, each once, in that order."""
     size = config.operands.itemsize if isinstance(config.operands, torch.dtype) else 4
     products = "tf32" if config.operands == "tf32" else "ieee"
-    phases = 2 if config.estimator == "symmetric" else 1
+    phases = 2 if config.estimator in ("symmetric", "five_phase") else 1
     found: dict[Problem, None] = {}
     for lowered, n in ((_free(network, config), batch), (_nudged(network, config), phases * batch)):
         for launches in (lowered.prologue, *lowered.sweeps, lowered.refresh):
@@ -35,12 +35,13 @@ def training_problems(network: Network, config: RelaxConfig, batch: int) -> list
 
 def _free(network: Network, config: RelaxConfig) -> Lowered:
     plan = compile_plan(network, config.schedule, "free", steps=config.free_steps)
-    return lower(network, plan, config.free_steps, "states", warm=False, frozen=False, keep=True)
+    return lower(network, plan, config.free_steps, "states", frozen=False, keep=True)
 
 
 def _nudged(network: Network, config: RelaxConfig) -> Lowered:
     form: Form = config.nudge_form
     warm, frozen = form == "states", config.winners == "frozen"
+    clamped = frozenset({network.readout.node}) if config.clamps else frozenset()
     plan = compile_plan(
         network,
         config.schedule,
@@ -50,9 +51,11 @@ def _nudged(network: Network, config: RelaxConfig) -> Lowered:
         linear_nudge=config.linear_nudge,
         warm=warm,
         kept=_kept(network, config) if warm else frozenset(),
+        clamped=clamped,
         steps=config.nudged_steps,
     )
-    return lower(network, plan, config.nudged_steps, form, warm=warm, frozen=frozen, keep=not frozen)
+    given = frozenset(range(1, len(network.shapes))) if warm else clamped
+    return lower(network, plan, config.nudged_steps, form, given=given, frozen=frozen, keep=not frozen)
 
 
 def _kept(network: Network, config: RelaxConfig) -> frozenset[int]:

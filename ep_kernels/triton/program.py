@@ -57,9 +57,9 @@ class Program:
     def lower(self, steps: int) -> Lowered:
         """The launches of a run of ``steps`` sweeps."""
         if steps not in self.lowered:
-            r, warm = self.r, self.buffers.warm
+            r, given = self.r, self.buffers.given_states
             self.lowered[steps] = lower(
-                r.network, r.plan, steps, r.form, warm=warm, frozen=r.frozen, keep=r.keep, every=self.stops
+                r.network, r.plan, steps, r.form, given=given, frozen=r.frozen, keep=r.keep, every=self.stops
             )
         return self.lowered[steps]
 
@@ -88,8 +88,9 @@ class Program:
         self.buffers.start()
         if self.stops and self.r.form != "states":  # it may stop before a node's first update
             for name in ("state 0", "state 1"):
-                if name in self.buffers.shelves:
-                    self.buffers.shelves[name].zero_()
+                for i in self.buffers.nodes.keys() - self.buffers.given_states:
+                    if name in self.buffers.shelves:
+                        self.buffers.piece(self.buffers.shelves[name], i, self.buffers.nodes).zero_()
 
     def results(self, steps: int) -> Relaxed:
         """Copies of what the last run left."""
@@ -100,7 +101,7 @@ class Program:
         by_slot = {slot: buffers.results(copy, buffers.nodes) for slot, copy in copies.items()}
         assert buffers.inputs is not None
         states: list[Tensor | None] = [buffers.inputs.states[0]]
-        states += [by_slot[lowered.slots[i]][i] if i in updated else self.zeros(i) for i in buffers.nodes]
+        states += [by_slot[lowered.slots[i]][i] if i in updated else self.unmoved(i) for i in buffers.nodes]
         pre: list[Tensor | None] = []
         if r.keep:
             kept = buffers.results(shelves["pre"].clone(), buffers.nodes)
@@ -119,8 +120,12 @@ class Program:
             self.residual.view(torch.float32)[:steps].clone(),
         )
 
-    def zeros(self, i: int) -> Tensor:
-        """The state of a node that no launch reached."""
+    def unmoved(self, i: int) -> Tensor:
+        """The state of a node that no launch updated."""
+        assert self.buffers.inputs is not None
+        given = self.buffers.inputs.states[i]
+        if given is not None:
+            return given.to(self.buffers.storage)
         shape = (self.r.batch, *self.buffers.nodes[i])
         return torch.zeros(shape, dtype=self.buffers.storage, device=self.buffers.device)
 

@@ -14,8 +14,11 @@ from ep_kernels.precision import Operands
 
 from .device import check_name
 
-Method = Literal["ep", "bptt"]
-Estimator = Literal["symmetric", "positive", "negative", "random_sign", "tangent"]
+Method = Literal["ep", "bptt", "backprop"]
+Estimator = Literal[
+    "symmetric", "positive", "negative", "random_sign", "tangent", "five_phase", "contrastive", "coupled"
+]
+Feedback = Literal["tied", "separate", "kolen_pollack"]
 OPERANDS: dict[str, Operands] = {
     "float32": None,
     "tf32": "tf32",
@@ -28,7 +31,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a convolutional network by Equilibrium Propagation (or BPTT through the same relaxation)."""
+    """Train a convolutional network by Equilibrium Propagation (or BPTT through the same relaxation, or backprop of the
+    feed-forward network of the same shape)."""
 
     dataset: str = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or folder:PATH (train/<class>/*.jpg|png and test/...)."""
@@ -42,29 +46,69 @@ class TrainConfig:
     """Random crops after padding by this many pixels (0: none)."""
     flip: bool = False
     """Mirror training images at random."""
+    cutout: int = 0
+    """Side of a black square that is put at random into every training image (0: none)."""
 
     model: str | None = None
-    """digits, vgg5, vgg7, vgg8, vgg11, or widths as 32-32p-64-64p (p: pooled). Default: digits for the digits, else
-    vgg5."""
+    """A network of docs/networks.md (digits, vgg5 to vgg16, laborieux, dchn, hopfield_resnet13), or widths as
+    32-32p-64-64p (p: pooled); with --method backprop also a teacher (vgg16_bn, resnet18). Default: digits for the
+    digits, else vgg5."""
     width: float = 1.0
     """Factor of every width."""
     pool: Literal["max", "avg"] = "max"
     """Kind of the 2x2 pooling."""
     readout: Literal["softmax", "mse"] = "softmax"
     """softmax: linear readout outside the dynamics, cross-entropy; mse: output units inside, squared error."""
-    local_heads: tuple[int, ...] = ()
-    """Layers (1 is the first) that get a local cross-entropy head."""
-    local_weight: float = 0.2
-    """Weight of each local head's loss."""
+    linear_output: bool = False
+    """mse: the output units are not clipped."""
+    local_heads: str = "none"
+    """Layers that get a local error: none, all, or numbers as 2,4,6 (1 is the first)."""
+    local_weight: tuple[float, ...] = (0.2,)
+    """Weight of the local errors: one for all, or one for each."""
+    local_pool: int = 2
+    """A local head reads its layer's map averaged to this many pixels squared."""
+    local_loss: Literal["cross_entropy", "mse"] = "cross_entropy"
+    """Loss of the local heads."""
+
+    teacher: str | None = None
+    """Distil from NAME:PATH (vgg11_bn, vgg13_bn, vgg16_bn, resnet18 and their weights), a torchvision or timm name, or
+    the folder of a run of ep-train."""
+    distill_logits: float = 0.0
+    """Weight of the KL divergence between the teacher's and the readout's softened outputs."""
+    distill_local_logits: float = 0.0
+    """The same on every local head."""
+    distill_temperature: float = 4.0
+    """tau of both."""
+    distill_features: tuple[str, ...] = ()
+    """Pairs layer=module of a student's layer and a teacher's module whose output it learns, or auto."""
+    distill_feature_weight: tuple[float, ...] = (1.0,)
+    """Weight of the feature losses: one for all, or one for each pair."""
+    distill_feature_loss: Literal["mse", "cosine"] = "mse"
+    """Their loss."""
+    distill_map: Literal["student", "teacher"] = "student"
+    """Whose features a trained linear map takes to the other's width."""
+    teacher_cache: Path | None = None
+    """File that keeps the teacher's logits (of data that is not augmented)."""
+
     feedback_gain: float = 0.1
     """k in (0, 1]: factor of the feedback per level; 1 is classical EP."""
     slope: float = 1.0
     """gamma of clip(gamma a, 0, 1); 1/2 is the variant of Laborieux et al. 2021."""
+    box: tuple[float, float] = (0.0, 1.0)
+    """lo and hi, the bounds of the states."""
     weight_gain: float = 1.0
     """Initial weights have standard deviation weight_gain / sqrt(fan-in)."""
+    layer_gain: tuple[float, ...] = ()
+    """weight_gain of every connection, bottom to top (default: the same for all)."""
+    feedback: Feedback = "tied"
+    """tied: feedback through the transposed weights; separate: through weights of its own (vector-field EP);
+    kolen_pollack: its own, with the same updates."""
+    dropout: tuple[float, ...] = ()
+    """Probability that a channel is left out of a training batch, one for all hidden layers or one for each."""
 
     method: Method = "ep"
-    """ep, or bptt: backpropagation through the last nudged_steps sweeps of the same free phase."""
+    """ep; bptt: backpropagation through the last nudged_steps sweeps of the same free phase; backprop: of the
+    feed-forward network of the same shape (no feedback)."""
     schedule: Literal["sweep", "even_odd", "sync"] = "sweep"
     """Order of the updates: sweep (bottom-up, nudged top-down), even_odd, or sync (all at once)."""
     free_steps: int = 4
@@ -75,7 +119,8 @@ class TrainConfig:
     """Nudging strength."""
     estimator: Estimator = "symmetric"
     """Which phases are contrasted: symmetric (+beta and -beta), positive, negative, random_sign (one of the two per
-    batch), or tangent (the limit of small beta, one linear phase)."""
+    batch), tangent (the limit of small beta, one linear phase), five_phase (+-beta and +-2 beta, extrapolated); for an
+    mse readout also contrastive and coupled (clamped output units)."""
     form: Literal["delta", "states"] = "delta"
     """What the nudged phases relax: the deltas from the free equilibrium, or the states."""
     winners: Literal["frozen", "live"] = "frozen"
@@ -87,6 +132,8 @@ class TrainConfig:
     over_relaxation: float | None = None
     """omega in [1, 2): free sweeps after the first move every state this many times as far (not with sync).
     Default: by the feedback gain, 1.17 at 0.1."""
+    warm_start: bool = False
+    """Start every image's free phase from its last equilibrium (kept in memory; not with augmentation)."""
     tol: float = 0.0
     """Stop a relaxation early when every residual is at most this (0: never; else a GPU is waited for every batch)."""
 
@@ -95,15 +142,25 @@ class TrainConfig:
     batch_size: int = 32
     """Images a step."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    """torch.optim's Adam, AdamW, or SGD with momentum 0.9."""
+    """torch.optim's Adam, AdamW or SGD."""
     lr: float = 1e-3
     """Learning rate."""
+    lr_min: float = 0.0
+    """What a falling learning rate ends at."""
+    momentum: float = 0.9
+    """Of SGD."""
+    nesterov: bool = False
+    """SGD's momentum after Nesterov."""
     layer_lr: tuple[float, ...] = ()
     """Factors of the learning rate per layer, bottom to top, then the readout (default: 1 for all)."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """How the learning rate falls to zero over the run, if at all."""
+    """How the learning rate falls over the run, if at all."""
     weight_decay: float = 0.0
     """Of the optimizer."""
+    evaluate_every: int = 1
+    """Epochs between two evaluations on the test images (the last epoch always has one)."""
+    on_divergence: Literal["stop", "continue"] = "stop"
+    """When a batch's loss or gradient is not finite or the loss runs away: stop, or leave that batch out and go on."""
 
     seed: int = 0
     """Of the initial weights, the held-out images, the order of the batches and random signs."""
@@ -125,17 +182,29 @@ class TrainConfig:
     """Print nothing."""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "lr", "width", "weight_gain")
+        positive = ("epochs", "batch_size", "lr", "width", "weight_gain", "evaluate_every", "local_pool")
         for name in positive:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"TrainConfig: argument '{name}': expected a finite number > 0, got {value!r}")
-        for name in ("weight_decay", "seed", "crop_padding"):
+        for name in ("weight_decay", "seed", "crop_padding", "cutout", "lr_min"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"TrainConfig: argument '{name}': expected a finite number >= 0, got {value!r}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"TrainConfig: argument 'threads': expected an integer >= 1, got {self.threads}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"TrainConfig: argument 'momentum': expected a number in [0, 1), got {self.momentum!r}")
+        if self.linear_output and self.readout != "mse":
+            raise ValueError("TrainConfig: argument 'linear_output': expected --readout mse, whose units it is of")
+        if self.warm_start and (self.crop_padding or self.flip or self.cutout):
+            raise ValueError(
+                "TrainConfig: argument 'warm_start': expected no augmentation (an image's last equilibrium is that of "
+                "another picture)"
+            )
+        if self.method != "ep" and (self.feedback != "tied" or self.warm_start):
+            expected = f"expected --method ep, got {self.method}"
+            raise ValueError(f"TrainConfig: arguments 'feedback', 'warm_start': {expected}")
         check_name(self.device, "TrainConfig")
         self.relax_config()  # raises on any of its arguments
 

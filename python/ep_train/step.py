@@ -1,51 +1,121 @@
-"""One training step: gradients of a batch by EP or BPTT, stored for an ordinary optimizer."""
+"""One training step: gradients of a batch by EP, BPTT or backprop, stored for an ordinary optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import ep_kernels
-from ep_kernels import RelaxConfig
+from ep_kernels import Network, Parameters, RelaxConfig
 
 from .bptt import bptt_gradients
+from .feedforward import backprop_gradients, feedforward_states
 from .models import Model
+
+if TYPE_CHECKING:
+    from .dropout import Masks
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Of one batch: the readout's mean loss and number of correct predictions at the free equilibrium, and the mean
-    residual of the last free sweep over samples (None for BPTT). Tensors, so that a GPU need not be waited for."""
+    residual of the last free sweep over samples (None for BPTT and backprop). Tensors, so that a GPU need not be waited
+    for.
+
+    Attributes:
+        states: of EP, the free equilibrium, per node: a warm start of the same images.
+    """
 
     loss: Tensor
     correct: Tensor
     residual: Tensor | None
+    states: list[Tensor] | None = None
 
 
-def ep_step(model: Model, images: Tensor, labels: Tensor, config: RelaxConfig) -> StepResult:
-    """EP gradients of a batch into ``.grad``: free phase, nudged phases, contrast."""
-    network, tensors = model.network, model.tensors()
-    targets = ep_kernels.targets_for(network, labels, _classes(model), images.dtype)
-    gradients, equilibrium = ep_kernels.ep_gradients(network, tensors, images, targets, config)
-    model.set_gradients(gradients)
+def ep_step(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    config: RelaxConfig,
+    *,
+    indices: Tensor | None = None,
+    states: Sequence[Tensor | None] | None = None,
+    masks: Masks | None = None,
+    same_update: bool = False,
+) -> StepResult:
+    """EP gradients of a batch into ``.grad``: free phase, nudged phases, contrast.
+
+    Args:
+        indices: of the images in their dataset, for a teacher whose logits are kept.
+        states: where the free phase starts, per node; default zero.
+        masks: of dropout.
+        same_update: weights and separate feedback weights both get the mean of their gradients.
+    """
+    network, own = model.network, model.tensors()
+    tensors = own if masks is None else masks.apply(own)
+    targets = _targets(model, images, labels, indices)
+    equilibrium = ep_kernels.free_phase(network, tensors, images, config, states=states, keep=True)
+    gradients, nudged = ep_kernels.nudged_gradients(network, tensors, equilibrium, targets, config)
+    if same_update:
+        gradients = ep_kernels.kolen_pollack(gradients)
+    model.set_gradients(gradients if masks is None else masks.gradients(gradients))
+    if model.loss is not None:
+        model.loss.set_gradients(equilibrium, nudged)
     z = ep_kernels.readout(network, tensors, equilibrium)
-    loss, correct = _score(model, z, targets[0], labels)
-    return StepResult(loss, correct, equilibrium.residual.mean())
+    loss, correct = _score(network, z, targets[0], labels)
+    return StepResult(loss, correct, equilibrium.residual.mean(), equilibrium.states)
 
 
-def bptt_step(model: Model, images: Tensor, labels: Tensor, config: RelaxConfig) -> StepResult:
+def bptt_step(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    config: RelaxConfig,
+    *,
+    indices: Tensor | None = None,
+    masks: Masks | None = None,
+) -> StepResult:
     """BPTT gradients of a batch into ``.grad``: the last ``nudged_steps`` of ``free_steps`` sweeps are unrolled."""
-    network, tensors = model.network, model.tensors()
-    targets = ep_kernels.targets_for(network, labels, _classes(model), images.dtype)
-    gradients, states, _ = bptt_gradients(network, tensors, images, targets, config, steps=config.nudged_steps)
-    model.set_gradients(gradients)
-    head = network.readout
-    z = ep_kernels.reference.head_output(head, states[head.node], tensors.head_weights[0], tensors.head_biases[0])
-    loss, correct = _score(model, z, targets[0], labels)
-    return StepResult(loss, correct, None)
+
+    def gradients(tensors: Parameters, targets: list[Tensor]) -> tuple[Parameters, list[Tensor]]:
+        return bptt_gradients(model.network, tensors, images, targets, config, steps=config.nudged_steps)[:2]
+
+    tensors = model.tensors()
+    targets = _targets(model, images, labels, indices)
+    found, states = gradients(tensors if masks is None else masks.apply(tensors), targets)
+    return _from_states(model, found, states, targets, labels, masks)
+
+
+def backprop_step(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    indices: Tensor | None = None,
+    masks: Masks | None = None,
+) -> StepResult:
+    """Backprop gradients of a batch into ``.grad``, of the feed-forward network of the same shape."""
+    tensors = model.tensors()
+    targets = _targets(model, images, labels, indices)
+    masked = tensors if masks is None else masks.apply(tensors)
+    found, states, _ = backprop_gradients(model.network, masked, images, targets)
+    return _from_states(model, found, states, targets, labels, masks)
+
+
+def module_step(module: nn.Module, images: Tensor, labels: Tensor) -> StepResult:
+    """Gradients of the mean cross-entropy of an ordinary torch module into ``.grad``."""
+    module.train()
+    module.zero_grad(set_to_none=True)
+    with torch.enable_grad():
+        z = module(images)
+        loss = cross_entropy(z, labels)
+        loss.backward()
+    return StepResult(loss.detach(), (z.detach().argmax(1) == labels).sum(), None)
 
 
 def read(results: Sequence[StepResult]) -> list[tuple[float, int, float | None]]:
@@ -67,11 +137,43 @@ def predict(model: Model, images: Tensor, config: RelaxConfig) -> tuple[Tensor, 
     return ep_kernels.readout(model.network, tensors, equilibrium), equilibrium.residual
 
 
-def _score(model: Model, z: Tensor, target: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    loss = ep_kernels.reference.head_loss(model.network.readout, z, target).mean()
-    return loss, (z.argmax(1) == labels).sum()
+@torch.no_grad()
+def predict_feedforward(model: Model, images: Tensor) -> Tensor:
+    """Outputs of the readout, [B, classes], of the feed-forward network."""
+    tensors = model.tensors()
+    return _readout(model.network, tensors, feedforward_states(model.network, tensors, images))
 
 
-def _classes(model: Model) -> int:
+def _from_states(
+    model: Model,
+    gradients: Parameters,
+    states: list[Tensor],
+    targets: list[Tensor],
+    labels: Tensor,
+    masks: Masks | None,
+) -> StepResult:
+    tensors = model.tensors()
+    model.set_gradients(gradients if masks is None else masks.gradients(gradients))
+    if model.loss is not None:
+        model.loss.set_gradients_at(states)
+    z = _readout(model.network, tensors if masks is None else masks.apply(tensors), states)
+    loss, correct = _score(model.network, z, targets[0], labels)
+    return StepResult(loss, correct, None)
+
+
+def _targets(model: Model, images: Tensor, labels: Tensor, indices: Tensor | None) -> list[Tensor]:
+    if model.loss is not None:
+        return model.loss.targets(images, labels, indices)
     network = model.network
-    return network.readout.output_shape(network.shapes[network.readout.node])[0]
+    classes = network.readout.output_shape(network.shapes[network.readout.node])[0]
+    return ep_kernels.targets_for(network, labels, classes, images.dtype)
+
+
+def _readout(network: Network, tensors: Parameters, states: Sequence[Tensor]) -> Tensor:
+    head = network.readout
+    return ep_kernels.reference.head_output(head, states[head.node], tensors.head_weights[0], tensors.head_biases[0])
+
+
+def _score(network: Network, z: Tensor, target: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    loss = ep_kernels.reference.head_loss(network.readout, z, target).mean()
+    return loss, (z.argmax(1) == labels).sum()

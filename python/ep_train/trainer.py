@@ -24,15 +24,17 @@ from . import device as devices
 from .config import TrainConfig
 from .curves import plot_curves
 from .data import Batches, Dataset, load_dataset
+from .learners import Batch, Learner, NetworkLearner, make_learner
 from .memory import peak_memory_bytes
-from .models import Model, build_network
 from .progress import Progress
 from .run_folder import RunFolder
-from .step import StepResult, bptt_step, ep_step, predict, read
+from .stability import advice, diagnose
+from .step import StepResult, read
 
 # States stay in their box, so a loss that runs away stays finite: it is given up at this multiple of a guess's.
 RUNAWAY = 1e4
 READ_EVERY = 0.3  # seconds between two readings of the losses from a GPU; on the CPU every batch's is read at once
+PROBE = 64  # test images whose relaxation is looked at after every epoch
 
 
 class Diverged(RuntimeError):
@@ -53,6 +55,7 @@ class Partial:
     correct: int = 0
     residual_sum: float = 0.0
     seconds: float = 0.0
+    skipped: int = 0
 
 
 class Trainer:
@@ -84,19 +87,8 @@ class Trainer:
                 seed=config.seed,
             )
         self.dataset = dataset
-        network = build_network(
-            config.model_name,
-            dataset.image_shape,
-            dataset.classes,
-            width=config.width,
-            pool=config.pool,
-            readout=config.readout,
-            local_heads=config.local_heads,
-            local_weight=config.local_weight,
-            feedback_gain=config.feedback_gain,
-            slope=config.slope,
-        )
-        self.model = Model(network, weight_gain=config.weight_gain, seed=config.seed).to(self.device)
+        self.learner = make_learner(config, dataset, self.device)
+        self.model = self.learner.model
         self.train = Batches(
             dataset,
             "train",
@@ -104,10 +96,13 @@ class Trainer:
             seed=config.seed,
             crop_padding=config.crop_padding,
             flip=config.flip,
+            cutout=config.cutout,
             device=self.device,
         )
         self.test = Batches(dataset, "test", batch_size=min(256, len(dataset.test_labels)), device=self.device)
-        self.optimizer = make_optimizer(self.model, config)
+        self.probe = Batches(dataset, "test", batch_size=min(PROBE, len(dataset.test_labels)), device=self.device)
+        self.advised: str | None = None
+        self.optimizer = make_optimizer(self.learner, config)
         self.scheduler = make_scheduler(self.optimizer, config, config.epochs * len(self.train))
         self.epoch = 0  # finished ones
         self.partial = Partial()  # of the epoch after those
@@ -122,8 +117,6 @@ class Trainer:
         """Train on every batch once; returns the epoch's row of metrics (without the test accuracy)."""
         config = self.config
         epoch = self.epoch + 1
-        draws = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-        signs = torch.randint(2, (len(self.train),), generator=draws).tolist()
         done = self.partial
         progress.start_epoch(epoch, len(self.train), completed=done.batches)
         began = time.perf_counter()
@@ -142,16 +135,23 @@ class Trainer:
                 batches=batches,
             )
 
-        for images, labels in self.train.epoch(epoch, start=done.batches):
+        for images, labels, indices in self.train.indexed(epoch, start=done.batches):
             if self.stop_asked:
                 if unread:
                     show(len(unread), self._add_up(unread))
                 raise Stopped
-            relax = config.relax_config(positive_sign=bool(signs[done.batches + len(unread)]))
-            result = (ep_step if config.method == "ep" else bptt_step)(self.model, images, labels, relax)
+            result = self.learner.step(Batch(images, labels, indices, epoch, done.batches + len(unread)))
             unread.append((result, len(labels)))
             count = len(unread)
-            due = self.device.type == "cpu" or time.perf_counter() - began >= READ_EVERY
+            lenient = config.on_divergence == "continue"
+            due = lenient or self.device.type == "cpu" or time.perf_counter() - began >= READ_EVERY
+            if lenient and self._broken(result):
+                unread.clear()
+                done.batches += 1
+                done.skipped += 1
+                progress.note(f"epoch {epoch}, batch {done.batches}: loss or gradient not finite, batch left out")
+                self.scheduler.step()
+                continue
             residual = self._add_up(unread) if due else None
             self.optimizer.step()
             self.scheduler.step()
@@ -159,6 +159,8 @@ class Trainer:
                 show(count, residual)
         if unread:
             show(len(unread), self._add_up(unread))
+        if not done.seen:
+            raise Diverged(f"every batch of epoch {epoch} was left out: lower --lr or --feedback-gain")
         self.seconds += done.seconds
         self.epoch, self.partial = epoch, Partial()
         row: dict[str, Any] = {
@@ -172,7 +174,19 @@ class Trainer:
         }
         if config.method == "ep":
             row["residual"] = done.residual_sum / done.seen
+        if done.skipped:
+            row["skipped_batches"] = done.skipped
         return row
+
+    def _broken(self, result: StepResult) -> bool:
+        """The batch's loss has run away, or it or a gradient is not finite."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        finite = torch.stack([g.isfinite().all() for g in gradients]).all()
+        return not (bool(finite) and float(result.loss) < self._runaway)
+
+    @property
+    def _runaway(self) -> float:
+        return RUNAWAY * math.log(max(self.dataset.classes, 3))
 
     def _add_up(self, unread: list[tuple[StepResult, int]]) -> float | None:
         """Add batches to the epoch's sums and empty the list; returns the last one's residual.
@@ -183,7 +197,7 @@ class Trainer:
         done = self.partial
         residual: float | None = None
         for (loss, correct, residual), (_, count) in zip(read([result for result, _ in unread]), unread, strict=True):
-            if not loss < RUNAWAY * math.log(max(self.dataset.classes, 3)):
+            if not loss < self._runaway:
                 raise Diverged(
                     f"the loss became {loss:.3g} in epoch {self.epoch + 1} after {done.seen} images: lower --lr or "
                     "--feedback-gain, or raise --free-steps"
@@ -208,9 +222,24 @@ class Trainer:
         """Accuracy on the test images, at the free equilibrium."""
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for images, labels in self.test.epoch(0):
-            z, _ = predict(self.model, images, self.config.relax_config())
+            z, _ = self.learner.predict(images)
             correct += (z.argmax(1) == labels).sum()
         return int(correct) / len(self.dataset.test_labels)
+
+    def look(self, progress: Progress) -> dict[str, Any]:
+        """How well the free phase converges on some test images, per layer, for the row of metrics; a note when it
+        does not, which says what to change (once for the same advice)."""
+        learner = self.learner
+        if not isinstance(learner, NetworkLearner) or self.config.method == "backprop":
+            return {}
+        images, _ = next(self.probe.epoch(0))
+        relax = self.config.relax_config()
+        stability = diagnose(learner.network, learner.model.tensors(), images, relax)
+        found = advice(stability, relax, learner.network)
+        if found is not None and found != self.advised:
+            self.advised = found
+            progress.note(found)
+        return stability.row()
 
     # ---- the run ----
 
@@ -243,7 +272,10 @@ class Trainer:
                 while self.epoch < self.config.epochs:
                     row = self.train_epoch(progress)
                     self.check_weights()
-                    row["test_accuracy"] = self.evaluate()
+                    row |= self.look(progress)
+                    last = self.epoch == self.config.epochs
+                    if last or self.epoch % self.config.evaluate_every == 0:
+                        row["test_accuracy"] = self.evaluate()
                     progress.end_epoch(row)
                     self.rows.append(row)
                     folder.append_metrics(row)
@@ -294,8 +326,9 @@ class Trainer:
         backend = backends.choose(self.device, storage=storage) if config.method == "ep" else "autograd"
         where = f" on {devices.describe(self.device)}" if self.device.type == "cuda" else ""
         how = f"k {config.feedback_gain:g}, {config.schedule}, {config.free_steps} + {config.nudged_steps} sweeps"
+        how = "" if config.method == "backprop" else f" {how},"
         return (
-            f"{self.dataset.source}: {config.model_name} ({count / 1e6:.2f} M parameters) by {config.method}, {how}, "
+            f"{self.dataset.source}: {config.model_name} ({count / 1e6:.2f} M parameters) by {config.method},{how} "
             f"backend {backend}{where}"
         )
 
@@ -312,7 +345,9 @@ class Trainer:
         return {
             "status": status,
             "test_accuracy": last.get("test_accuracy"),
-            "best_test_accuracy": max((row["test_accuracy"] for row in self.rows), default=None),
+            "best_test_accuracy": max(
+                (row["test_accuracy"] for row in self.rows if row.get("test_accuracy") is not None), default=None
+            ),
             "train_loss": last.get("train_loss"),
             "train_accuracy": last.get("train_accuracy"),
             "residual": last.get("residual"),
@@ -336,6 +371,7 @@ class Trainer:
             "seconds": self.seconds,
             "partial": dataclasses.asdict(self.partial),
             "device": devices.kind(self.device),
+            **self.learner.state(),
         }
 
     def restore(self, state: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -351,6 +387,7 @@ class Trainer:
             self.epoch, self.seconds, self.rows = state["epoch"], state["seconds"], rows
             self.partial = Partial(**state["partial"])
             self.came_from = str(state["device"])
+            self.learner.restore(state)
         except (RuntimeError, TypeError, ValueError, KeyError) as error:  # torch's own, one for each kind of misfit
             raise checkpoint.CheckpointError(f"the checkpoint does not fit config.json: {error}") from error
 
@@ -415,18 +452,17 @@ def config_from_json(path: Path, *, quiet: bool = False) -> TrainConfig:
     if not isinstance(values, dict) or set(values) != known:
         raise checkpoint.CheckpointError(f"{path}: not the configuration of this version of ep-train")
     try:
-        for name in ("data_root", "out"):
+        for name in ("data_root", "out", "teacher_cache"):
             values[name] = Path(values[name]) if values[name] is not None else None
-        for name in ("local_heads", "layer_lr"):
-            values[name] = tuple(values[name])
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return TrainConfig(**{**values, "quiet": quiet})
     except (TypeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{path}: not a configuration of ep-train: {error}") from error
 
 
-def make_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(learner: Learner, config: TrainConfig) -> torch.optim.Optimizer:
     """torch's optimizer, one parameter group per tensor, with the layer's factor of the learning rate."""
-    layers = len(model.network.shapes)  # nodes 1 .. layers - 1, then the readout
+    layers = learner.layers  # nodes, then the readout
     factors = config.layer_lr or (1.0,) * layers
     if len(factors) != layers:
         raise ValueError(
@@ -434,10 +470,18 @@ def make_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
             f"got {len(factors)}"
         )
     groups = [
-        {"params": [p], "lr": config.lr * factors[model.layer_of(name) - 1]} for name, p in model.named_parameters()
+        {"params": [p], "lr": config.lr * factors[learner.layer_of(name) - 1]}
+        for name, p in learner.model.named_parameters()
+        if p.requires_grad
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+        return torch.optim.SGD(
+            groups,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
@@ -445,11 +489,12 @@ def make_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
 def make_scheduler(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Factor of the learning rate at each of ``steps`` steps."""
+    """Factor of the learning rate at each of ``steps`` steps, from 1 to ``lr_min / lr``."""
+    end = config.lr_min / config.lr
     falls = {
         "constant": lambda t: 1.0,
-        "linear": lambda t: 1.0 - t / steps,
-        "cosine": lambda t: 0.5 * (1.0 + math.cos(math.pi * t / steps)),
+        "linear": lambda t: 1.0 - (1.0 - end) * t / steps,
+        "cosine": lambda t: end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * t / steps)),
     }
     return torch.optim.lr_scheduler.LambdaLR(optimizer, falls[config.lr_schedule])
 

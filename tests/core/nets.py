@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ep_kernels import Connection, Equilibrium, Head, Network, Parameters
+from ep_kernels import Connection, Equilibrium, Head, Network, Parameters, RelaxConfig
 
 BACKENDS = ("reference", "cpu")
 
@@ -60,6 +60,29 @@ NETWORKS: dict[str, Network] = {
     "skips, max": _skips("max"),
     "skips, average": replace(_skips("avg"), feedback_gain=0.8),
 }
+# what an energy does not cover, and losses that some kernels leave to others
+VARIANTS: dict[str, Network] = {
+    "separate, linear top": replace(_skips("max"), feedback_gain=0.05, feedback="separate", linear_nodes=(6,)),
+    "separate, tied head": replace(
+        Network.chain((2, 11, 9), [4, 3, 4], ["avg", "none", "avg"], classes=3, hidden=[5], feedback_gain=0.25),
+        local_heads=(Head(4, 3, weight=0.5, temperature=2.0, tied=0),),
+        feedback="separate",
+    ),
+    "cosine": Network(
+        ((2, 9, 7), (3, 4, 3), (4, 4, 3), (6,), (3,)),
+        (Connection(0, 1, pool="max"), Connection(1, 2), Connection(2, 3, None), Connection(3, 4, None)),
+        Head(4, None, loss="mse"),
+        (
+            Head(1, None, loss="cosine", weight=0.3),
+            Head(1, 4, loss="cosine", pool=2, weight=0.3),
+            Head(2, 5, loss="cosine", pointwise=True, weight=0.2),
+            Head(3, 4, loss="cosine", weight=0.5),
+        ),
+        feedback_gain=0.3,
+        lo=0.1,  # no vector is so short that rounding turns it
+        linear_nodes=(4,),
+    ),
+}
 # those with a winner that can change: max pooling of a hidden node
 POOLED = {name: net for name, net in NETWORKS.items() if any(c.pool == "max" and c.src for c in net.connections)}
 
@@ -110,6 +133,8 @@ def problem(
     targets = []
     for head in network.heads:
         target = normal(batch, *head.output_shape(network.shapes[head.node]))
+        if head.loss == "cosine":
+            target[:1] = 0  # without a direction
         targets.append(target.softmax(1) if head.loss == "cross_entropy" else target)
     x = torch.rand(batch, *network.shapes[0], generator=generator, dtype=torch.float64)
     return Problem(network, Parameters.from_named(network, tensors), x, targets)
@@ -125,3 +150,11 @@ def cosine(a: Tensor, b: Tensor) -> float:
     """Cosine of two tensors as vectors, in float64."""
     u, v = a.flatten().double(), b.flatten().double()
     return float(u @ v / (u.norm() * v.norm()))
+
+
+def fitting(network: Network, config: RelaxConfig) -> Network:
+    """The network, with tied feedback where the winners are live: separate weights need frozen ones. In the states form
+    with a gain whose powers do not multiply rounding."""
+    if config.nudge_form == "states":
+        network = replace(network, feedback_gain=max(network.feedback_gain, 0.25))
+    return replace(network, feedback="tied") if config.winners == "live" else network

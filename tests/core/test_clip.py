@@ -32,6 +32,18 @@ def test_delta_clip_is_the_difference_of_clips(lo: float, hi: float, scale: floa
     assert len(want.unique()) > 500
 
 
+def test_an_infinite_box_cuts_nothing() -> None:
+    """And makes no NaN of its bounds, over-relaxed or stored in float16 either."""
+    inf = float("inf")
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        pre, increment = grid(0.0, 1.0, dtype)
+        for scale in (1.0, 2.0**20, 2.0**-5):
+            assert torch.equal(reference.delta_clip(pre, increment, -inf, inf, scale), increment)
+        assert torch.equal(reference.tangent_clip(pre, increment, -inf, inf), increment)
+        got = reference.update(pre, increment, 1.5, 1.0, -inf, inf)
+        assert torch.equal(got, reference.damp(pre, increment, 1.5))
+
+
 def test_delta_clip_keeps_a_small_increment_exactly() -> None:
     pre = torch.linspace(0.1, 0.9, 99, dtype=torch.float32)
     increment = torch.full_like(pre, 1e-9)

@@ -22,7 +22,11 @@ NET = NETWORKS["max"]
     ("change", "expected", "got"),
     [
         ({"schedule": "random"}, "one of sync, even_odd, sweep", "'random'"),
-        ({"estimator": "random_sign"}, "one of symmetric, positive, negative, tangent", "'random_sign'"),
+        (
+            {"estimator": "random_sign"},
+            "one of symmetric, positive, negative, tangent, five_phase, contrastive, coupled",
+            "'random_sign'",
+        ),
         ({"form": "tangent"}, "one of states, delta", "'tangent'"),
         ({"winners": "thawed"}, "one of live, frozen", "'thawed'"),
         ({"operands": torch.float64}, "one of None, tf32, torch.float16, torch.bfloat16", "torch.float64"),
@@ -84,7 +88,10 @@ def test_defaults_and_classical_settings() -> None:
         (lambda: Connection(0, 1, stride=(1, 0)), "argument 'stride': expected two integers >= 1, got (1, 0)"),
         (lambda: Connection(0, 1, padding=(-1, 1)), "argument 'padding': expected two integers >= 0, got (-1, 1)"),
         (lambda: Connection(0, 1, padding=(0.5, 1)), "argument 'padding': expected two integers >= 0, got (0.5, 1)"),
-        (lambda: Head(1, 3, loss="hinge"), "Head: argument 'loss': expected one of cross_entropy, mse, got 'hinge'"),
+        (
+            lambda: Head(1, 3, loss="hinge"),
+            "Head: argument 'loss': expected one of cross_entropy, mse, cosine, got 'hinge'",
+        ),
         (lambda: Head(1, 0), "Head: argument 'outputs': expected None or > 0, got 0"),
         (lambda: Head(1, 3, pool=0), "Head: argument 'pool': expected None or > 0, got 0"),
         (lambda: Head(1, 3, weight=NAN), "Head: argument 'weight': expected a finite number, got nan"),

@@ -59,6 +59,32 @@ def test_free_step_descends_the_energy(name: str, slope: float, backend: str) ->
         assert close(state, expected.clamp(p.network.lo, p.network.hi), 1e-10)
 
 
+LINEAR = {
+    "top": replace(NETWORKS["no pooling, mse"], linear_nodes=(4,)),
+    "hidden": replace(NETWORKS["skips, max"], linear_nodes=(3, 5)),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_linear_node_goes_to_the_minimum_of_the_energy(name: str, backend: str) -> None:
+    """No box cuts it: its new state is gamma a, where the energy's gradient with respect to it vanishes."""
+    p = problem(LINEAR[name], gain=3.0)
+    states = p.states()
+    after = free_phase(p.network, p.parameters, p.x, ONE_SWEEP, states=states, keep=True, backend=backend)
+    beyond = 0
+    for i, expected in enumerate(expected_step(p, states), 1):
+        got = after.states[i]
+        lo, hi = p.network.box(i)
+        assert close(got, expected.clamp(lo, hi), 1e-10)
+        if i in p.network.linear_nodes:
+            beyond += int(((got < p.network.lo) | (got > p.network.hi)).sum())
+            moved = [got if j == i else s for j, s in enumerate(states)]
+            gradient = energy_gradient(p, moved)[i - 1]
+            assert float(gradient.abs().max()) <= 1e-10 * (1 + float(got.abs().max()))
+    assert beyond > 2
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("sign", ["positive", "negative"])
@@ -195,6 +221,15 @@ def test_energy_never_rises_in_turn(schedule: str, omega: float, monkeypatch: py
         assert len(trace) == 1 + 8 * (len(net.shapes) - 1)
         assert largest_rise(trace) <= 1e-13, (name, gain)
         assert float((trace[0] - trace[-1]).min()) > 0.1  # it did move
+
+
+def test_energy_never_rises_with_linear_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them above a max pooling: there, only positive states make a majoriser of the current winners."""
+    for net in LINEAR.values():
+        for omega in (1.0, 1.5):
+            config = RelaxConfig("sweep", 8, over_relaxation=omega)
+            trace = energies(problem(replace(net, feedback_gain=0.25)), config, monkeypatch, None)
+            assert largest_rise(trace) <= 1e-13
 
 
 def test_energy_never_rises_with_damping(monkeypatch: pytest.MonkeyPatch) -> None:

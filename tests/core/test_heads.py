@@ -27,6 +27,10 @@ HEADS: dict[str, tuple[Head, tuple[int, ...]]] = {
     "identity mse": (Head(1, None, loss="mse"), VECTOR),
     "identity mse on a map": (Head(1, None, loss="mse", weight=0.2), MAP),
     "identity pooled": (Head(1, None, loss="mse", pool=2), MAP),
+    "cosine": (Head(1, 4, loss="cosine", weight=2.0), VECTOR),
+    "pooled cosine": (Head(1, 4, loss="cosine", pool=2), MAP),
+    "pointwise cosine": (Head(1, 4, loss="cosine", pointwise=True, weight=0.5), MAP),
+    "identity cosine on a map": (Head(1, None, loss="cosine", weight=0.2), MAP),
     "identity cross-entropy": (Head(1, None, temperature=3.0), VECTOR),
 }
 
@@ -68,6 +72,8 @@ def test_losses_are_the_ones_of_the_contract(name: str) -> None:
     got = reference.head_loss(head, z, target)
     if head.loss == "mse":
         want = head.weight / 2 * ((z - target) ** 2).flatten(1).sum(1)
+    elif head.loss == "cosine":
+        want = head.weight * (1 - F.cosine_similarity(z, target, dim=1)).reshape(len(z), -1).sum(1)
     else:
         want = head.weight * head.temperature**2 * F.cross_entropy(z / head.temperature, target, reduction="none")
         want = want.reshape(len(z), -1).sum(1)
@@ -118,6 +124,28 @@ def test_head_gradients_of_an_ep_step(name: str, backend: str) -> None:
     for (key, ours), theirs in zip(got.named().items(), want, strict=True):
         assert float(theirs.abs().max()) > 0
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13, msg=key)
+
+
+@pytest.mark.parametrize("what", ["state", "target"])
+def test_a_zero_vector_has_no_direction(what: str) -> None:
+    """Its loss is the weight, its gradient zero (of autograd too); a NaN is no zero."""
+    head, state, _, _, target = sample("identity cosine on a map")
+    zeroed = state if what == "state" else target
+    zeroed[1, :, 2, 3] = 0
+    zeroed[2] *= 1e-7
+    leaf = state.requires_grad_()
+    loss = reference.head_loss(head, leaf, target)
+    torch.testing.assert_close(loss[2], torch.tensor(head.weight * 42, dtype=loss.dtype))
+    (wrt_s,) = torch.autograd.grad(loss.sum(), leaf)
+    got = reference.head_gradient(head, leaf.detach(), None, None, target)
+    torch.testing.assert_close(got, wrt_s, rtol=1e-12, atol=1e-13)
+    assert not got[1, :, 2, 3].any()
+    assert not got[2].any()
+    assert got[0].abs().amax(0).min() > 0
+    zeroed.detach()[2, 0, 0, 0] = float("nan")
+    got = reference.head_gradient(head, leaf.detach(), None, None, target)
+    assert got.isnan().any(1).sum() == 1
+    assert got[2, :, 0, 0].isnan().all()
 
 
 def test_weight_of_a_head_scales_its_nudge() -> None:

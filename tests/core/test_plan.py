@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ep_kernels import Network, RelaxConfig, compile_plan, contrast_gradients, ep_gradients, free_phase, nudged_phase
-from ep_kernels.plan import SCHEDULES, Drive, Nudge, Step, update_order
+from ep_kernels.plan import FORMS, SCHEDULES, Drive, Nudge, Step, update_order
 from tests.core.nets import BACKENDS, NETWORKS, problem
 
 CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward")
@@ -289,6 +289,23 @@ def test_unknown_names_are_refused_with_the_valid_ones(change: dict[str, Any], m
     with pytest.raises(ValueError, match="compile_plan: ") as caught:
         compile_plan(chain(2, "max"), **(arguments | change))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_clamped_nodes_are_read_and_never_updated(schedule: Any, form: Any) -> None:
+    net, clamped = NETWORKS["no pooling, mse"], frozenset({4})
+    plan = compile_plan(
+        net, schedule, "nudged", form=form, winners="frozen", warm=form == "states", extra=frozenset({1}),
+        clamped=clamped, steps=9,
+    )  # fmt: skip
+    launches = [*plan.prologue, *(launch for sweep in plan.sweeps for launch in sweep), *plan.refresh]
+    steps = [launch for launch in launches if isinstance(launch, Step)]
+    assert {step.node for step in steps} == {1, 2, 3}
+    assert {launch.node for launch in launches if isinstance(launch, Nudge)} == {1}
+    assert all(net.out_of[3][0] in step.above for step in steps if step.node == 3)  # from the first sweep on
+    (top,) = net.into[4]
+    assert Drive(top) not in launches
 
 
 def test_order_of_the_updates() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_kernels import reference
+from ep_kernels import Connection, Head, Network, Parameters, RelaxConfig, backends, free_phase, reference, relax_op
+from ep_kernels.relaxation import Relaxation, relax_reference
 
 ORDERS: tuple[str | int, ...] = ("forward", "reverse", 1)
 PAIR = [1, 1]
@@ -98,3 +99,26 @@ def contrast_odd(_: Any) -> None:
     )
     for a, b in zip(found, expected, strict=True):
         _equal(a, b)
+
+
+def relax_separate(_: Any) -> None:
+    """Feedback weights of their own, into a linear node that leaves the box of the others."""
+    network = Network(
+        ((2, 4, 4), (3, 4, 4), (3, 4, 4), (5,)),
+        (Connection(0, 1), Connection(1, 2), Connection(2, 3, None)),
+        Head(3, None, loss="mse"),
+        linear_nodes=(3,),
+        feedback="separate",
+    )
+    tensors = {name: _numbers(*shape) / 4 for name, shape in Parameters.shapes(network).items()}
+    for c in (1, 2):
+        tensors[f"connections.{c}.feedback"] = -tensors[f"connections.{c}.weight"]
+    parameters = Parameters.from_named(network, tensors)
+    with backends.recorded() as jobs:
+        free_phase(network, parameters, _numbers(2, 2, 4, 4), RelaxConfig(free_steps=3), backend="reference")
+    (job,) = (job for job in jobs if isinstance(job, Relaxation))
+    expected = relax_reference(job)
+    assert float(expected.states[3].abs().max()) > 1  # type: ignore[union-attr]
+    found = torch.ops.ep_kernels_host.relax(*relax_op.flat(job))[0]
+    for a, b in zip(found, expected.states[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -70,8 +70,8 @@ class Case:
         pre = [0.5 + 0.5 * self.normal(self.samples, *s) for s in net.shapes] if self.form else []
         program = self.program()
         return (
-            states, weights, biases, drives, winners, free, pre, heads, self.extra,
-            [size for s in net.shapes for size in (*s, 0, 0)[:3]], geometry, spec, program,
+            states, weights, self.feedback_weights(weights), biases, drives, winners, free, pre, heads, self.extra,
+            [size for s in net.shapes for size in (*s, 0, 0)[:3]], geometry, spec, program, self.linear_nodes(),
             [draw.choice([1.0, 1.0, 0.5, -0.3, 0.0, 1e-3]) for _ in connections],
             [draw.choice([1.0, 0.5, 0.25, 0.0]) for _ in connections],
             [draw.choice([-0.1, 0.5, -1.0]) for _ in nodes],
@@ -79,6 +79,14 @@ class Case:
             n, self.phases, draw.randint(1, 5), self.form, self.frozen, self.deferred, 0, 0, draw.random() < 0.5,
             draw.choice([1.0, 0.7, 0.5 if self.form else 1.3]), net.slope, net.lo, net.hi, 0.0,
         )  # fmt: skip
+
+    def feedback_weights(self, weights: list[Tensor]) -> list[Tensor]:
+        """None, or some of them."""
+        often = self.draw.choice([0.0, 0.5, 1.0])
+        return [self.maybe(self.normal(*w.shape) / w[0].numel() ** 0.5, often) for w in weights] if often else []
+
+    def linear_nodes(self) -> list[int]:
+        return [i for i in range(1, len(self.net.shapes)) if self.draw.random() < 0.2]
 
     def connection(self, conn: Connection) -> tuple[Tensor, Tensor, Tensor]:
         """Weight, and a drive and winners that may be given."""

@@ -17,6 +17,7 @@ CHECKS = (
     "contrast_tf32",
     "contrast_odd",
     "step_residual",
+    "relax_separate",
 )
 
 FAULTS = {
@@ -64,6 +65,18 @@ FAULTS = {
         "odd ? Start::kZero : Start::kAny",
         "odd ? Start::kAny : Start::kAny",
         "contrast_odd",
+    ),
+    "feedback through the forward weight": (
+        "buffers.cpp",
+        "r.connections[c].feedback_weight(), source, to",
+        "r.connections[c].weight, source, to",
+        "relax_separate",
+    ),
+    "a linear node cut at the box of the others": (
+        "bind.cpp",
+        "static_cast<float>(node.hi)",
+        "static_cast<float>(dynamics.hi)",
+        "relax_separate",
     ),
     "wgmma of shared memory that is not published": (
         "kernels/wgmma.cuh",

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ep_kernels import Network, Parameters, RelaxConfig, backend, free_phase, nudged_phase
 from ep_kernels.solver import Equilibrium, Nudged, contrast_gradients, ep_gradients
+from tests.core.nets import VARIANTS, fitting
 from tests.cuda.host import cuda_on_cpu
 from tests.gpu.device import assert_close, assert_equal, moved
 from tests.ops.inputs import LAYOUTS
 from tests.ops.networks import CHAIN, HEADS, MSE, NETWORKS, SKIP, extra_nudges, problem
-from tests.ops.test_relax import CONFIGS, DEFAULTS, name
+from tests.ops.test_relax import CLAMPED, CONFIGS, DEFAULTS, WITH_OUTPUTS, check_zero_direction, name
 
 Run = tuple[Equilibrium, Nudged, Parameters]
 FP32 = torch.float32
@@ -48,6 +49,7 @@ def run(network: Network, config: RelaxConfig, batch: int, dtype: torch.dtype, *
 
 
 def compare(network: Network, config: RelaxConfig, batch: int = 3, **what: bool) -> None:
+    network = fitting(network, config)
     free, nudged, gradients = run(network, config, batch, FP32, **what)
     free_, nudged_, gradients_ = run(network, config, batch, torch.float64, **what)
     for kind in ("states", "preactivations"):
@@ -89,6 +91,12 @@ def test_every_network(network: str, config: str, batch: int) -> None:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_warm_start(network: str, config: str) -> None:
     compare(NETWORKS[network], DEFAULTS[config], warm=True)
+
+
+@pytest.mark.parametrize("config", CLAMPED)
+@pytest.mark.parametrize("network", WITH_OUTPUTS)
+def test_clamped_outputs(network: str, config: str) -> None:
+    compare(WITH_OUTPUTS[network], CLAMPED[config])
 
 
 @pytest.mark.parametrize("schedule", ["sweep", "even_odd", "sync"])
@@ -147,6 +155,31 @@ def test_one_graph_for_a_signature(device: Any) -> None:
     assert not torch.equal(found[1].weights[0], found[0].weights[0])
 
 
+def test_feedback_weights_are_read_at_every_run(device: Any) -> None:
+    """Launched, captured and replayed with feedback weights of changing values; tied ones have a program of their
+    own."""
+    net = VARIANTS["separate, linear top"]
+    params, x, targets = moved(problem(net), FP32, "cpu")
+    device.reset_statistics()
+    for turn in range(4):
+        own = [None if w is None else w * (1 + turn) for w in params.feedback_weights]
+        with cuda_on_cpu():
+            found, _ = ep_gradients(net, replace(params, feedback_weights=own), x, targets)
+        expected, _ = ep_gradients(net, replace(params, feedback_weights=own), x, targets, backend="reference")
+        assert_close(list(found.named().values()), list(expected.named().values()), 1e-3)
+    assert device.statistics()["graph_launches"] == 6
+    tied = replace(net, feedback="tied")
+    with cuda_on_cpu():
+        found, _ = ep_gradients(tied, replace(params, feedback_weights=()), x, targets)
+    expected, _ = ep_gradients(tied, replace(params, feedback_weights=()), x, targets, backend="reference")
+    assert_close(list(found.named().values()), list(expected.named().values()), 1e-3)
+
+
+def test_a_zero_vector_has_no_direction() -> None:
+    with cuda_on_cpu():
+        check_zero_direction(None)
+
+
 def test_programs_are_forgotten_in_turn(device: Any) -> None:
     """More signatures than are kept, and then the first again: its results are its own."""
     params, x, _ = moved(problem(MSE), FP32, "cpu")
@@ -163,14 +196,14 @@ def test_programs_are_forgotten_in_turn(device: Any) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_memory_layout(layout: str) -> None:
     change = LAYOUTS[layout]
-    for net in (SKIP, HEADS):
+    for net in (SKIP, HEADS, VARIANTS["separate, linear top"]):
         params, x, targets = moved(problem(net), FP32, "cpu")
         extra = moved(extra_nudges(net), FP32, "cpu")
 
         def many(tensors: Sequence[Tensor | None]) -> list[Any]:
             return [None if t is None else change(t) for t in tensors]
 
-        fields = ("weights", "biases", "head_weights", "head_biases")
+        fields = ("weights", "biases", "head_weights", "head_biases", "feedback_weights")
         other = replace(params, **{f: many(getattr(params, f)) for f in fields})
         with cuda_on_cpu():
             got, _ = ep_gradients(

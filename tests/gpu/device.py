@@ -55,8 +55,9 @@ def moved(value: T, dtype: torch.dtype = torch.float32, device: str = DEVICE) ->
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.dtype.is_floating_point else value.dtype)  # type: ignore[return-value]
     if isinstance(value, Parameters):
-        fields = (value.weights, value.biases, value.head_weights, value.head_biases)
-        return Parameters(*(moved(list(f), dtype, device) for f in fields))  # type: ignore[return-value]
+        fields = (value.weights, value.biases, value.head_weights, value.head_biases, value.feedback_weights)
+        once = {id(t): moved(t, dtype, device) for f in fields for t in f if t is not None}  # tied ones stay tied
+        return Parameters(*([None if t is None else once[id(t)] for t in f] for f in fields))  # type: ignore[arg-type, return-value]
     if isinstance(value, Mapping):
         return {k: moved(v, dtype, device) for k, v in value.items()}  # type: ignore[return-value]
     if isinstance(value, (list, tuple)):

@@ -18,7 +18,7 @@ from ep_kernels.functional import Neighbour
 from ep_kernels.relaxation import Relaxation
 from tests.core.nets import NETWORKS
 from tests.gpu.device import DEVICE, INTERPRETED, assert_close, assert_equal, moved, on_device, random_problem
-from tests.ops.inputs import Maker, Sample, sample_inputs
+from tests.ops.inputs import TENSOR_LISTS, Maker, Sample, sample_inputs
 
 OPS = ("drive", "relax_step", "contrast")
 # relative L2 error by dtype of the tensors; tf32: float32 under torch.set_float32_matmul_precision("high")
@@ -174,7 +174,7 @@ def test_relax_compiled(on: str, cuda: torch.device) -> None:
         if not isinstance(job, Relaxation):
             continue
         arguments = relax_op.flat(job)
-        lists, rest = arguments[:9], arguments[9:]
+        lists, rest = arguments[: len(TENSOR_LISTS)], arguments[len(TENSOR_LISTS) :]
 
         def run(*lists: list[torch.Tensor], rest: tuple[Any, ...] = rest) -> tuple[torch.Tensor, ...]:
             relax = torch.ops.ep_kernels.triton_relax if on == "triton" else torch.ops.ep_kernels.relax

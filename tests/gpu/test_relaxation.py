@@ -10,7 +10,7 @@ import torch
 
 from ep_kernels import Network, RelaxConfig, backends, ep_gradients, free_phase, nudged_phase
 from ep_kernels.relaxation import Relaxation
-from tests.core.nets import NETWORKS, POOLED
+from tests.core.nets import NETWORKS, POOLED, VARIANTS, fitting
 from tests.gpu.device import (
     INTERPRETED,
     LOW_GAIN,
@@ -74,11 +74,12 @@ def low_gain(network: Network) -> Network:
 
 
 @pytest.mark.parametrize("setting", list(SETTINGS))
-@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize("name", [*NETWORKS, *VARIANTS])
 def test_every_network_in_float32(name: str, setting: str, on: str) -> None:
     if INTERPRETED and (setting not in ("sweep", "live") or name not in ("max", "slope 1/2, local heads")):
         pytest.skip("takes minutes in the interpreter")
-    compare_phases(random_problem(NETWORKS[name]), SETTINGS[setting], 1e-5, 1e-4, on)
+    network = fitting({**NETWORKS, **VARIANTS}[name], SETTINGS[setting])
+    compare_phases(random_problem(network), SETTINGS[setting], 1e-5, 1e-4, on)
 
 
 @pytest.mark.parametrize("name", ["max", "no pooling, mse", "skips, average"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ep_kernels import backend, functional, ops
+from ep_kernels import backend, functional, ops, relax_op
 from ep_kernels.functional import Neighbour
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 DTYPES = tuple(TOLERANCE)
+RELAX = {name: i for i, name in enumerate(inspect.signature(relax_op.relaxation_of).parameters)}  # its arguments
+TENSOR_LISTS = tuple(RELAX)[: RELAX["shapes"]]
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,21 @@ import torch
 from torch import Tensor
 
 from ep_kernels import Connection, Head, Network, Parameters
+from tests.core.nets import VARIANTS
 from tests.ops.inputs import Maker
 
 # Chain of max, average and no pooling on ragged maps, a linear node, softmax readout.
 CHAIN = Network.chain((2, 11, 9), (3, 5, 4), ("max", "avg", "none"), classes=4, hidden=(7,))
 # Output units inside the dynamics.
 MSE = Network.chain((1, 9, 7), (3, 4), ("max", "none"), classes=3, readout="mse", slope=0.5)
+# Output units that are a map, above a max pooling.
+MAP = Network(
+    ((2, 9, 8), (4, 9, 8), (3, 4, 4)),
+    (Connection(0, 1), Connection(1, 2, pool="max")),
+    Head(2, None, "mse"),
+    feedback_gain=0.5,
+    linear_nodes=(2,),
+)
 # A strided skip connection around a pooled one, one straight from the clamped input, a linear one from a map.
 SKIP = Network(
     shapes=((2, 8, 6), (3, 8, 6), (4, 4, 3), (5, 4, 3), (6,), (5,)),
@@ -54,7 +63,7 @@ HEADS = Network(
     lo=-0.1,
     hi=0.9,
 )
-NETWORKS = {"chain": CHAIN, "mse": MSE, "skip": SKIP, "heads": HEADS}
+NETWORKS = {"chain": CHAIN, "mse": MSE, "skip": SKIP, "heads": HEADS, **VARIANTS}
 
 
 def parameters(network: Network, dtype: torch.dtype = torch.float64, gain: float = 1.0) -> Parameters:
@@ -62,10 +71,10 @@ def parameters(network: Network, dtype: torch.dtype = torch.float64, gain: float
     new = Maker(dtype, 7)
     tensors = {}
     for name, shape in Parameters.shapes(network).items():
-        if name.endswith("weight"):
-            tensors[name] = gain * new(*shape) / math.prod(shape[1:]) ** 0.5
-        else:
+        if name.endswith("bias"):
             tensors[name] = 0.3 + 0.2 * new(*shape)
+        else:
+            tensors[name] = gain * new(*shape) / math.prod(shape[1:]) ** 0.5
     return Parameters.from_named(network, tensors)
 
 
@@ -77,7 +86,9 @@ def problem(
     targets = []
     for head in network.heads:
         values = new(batch, *head.output_shape(network.shapes[head.node]))
-        targets.append(values if head.loss == "mse" else values.softmax(1))
+        if head.loss == "cosine":
+            values[:1] = 0  # without a direction
+        targets.append(values.softmax(1) if head.loss == "cross_entropy" else values)
     return parameters(network, dtype), new(batch, *network.shapes[0]).sigmoid(), targets
 
 

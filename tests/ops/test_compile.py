@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ep_kernels import RelaxConfig, backend, ep_gradients, functional
 from ep_kernels.functional import Neighbour
-from tests.ops.inputs import Maker, assert_same, capture
+from tests.ops.inputs import TENSOR_LISTS, Maker, assert_same, capture
 from tests.ops.networks import SKIP, problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
@@ -108,7 +108,7 @@ def test_errors_of_arguments_are_raised_while_tracing() -> None:
 def test_relax(phase: int) -> None:
     params, x, targets = problem(SKIP, 2, torch.float32)
     calls = capture("relax", lambda: ep_gradients(SKIP, params, x, targets, RelaxConfig(), backend="cpu"))
-    lists, rest = calls[phase][:9], calls[phase][9:]
+    lists, rest = calls[phase][: len(TENSOR_LISTS)], calls[phase][len(TENSOR_LISTS) :]
 
     def run(*lists: Any) -> tuple[Tensor, ...]:
         states, _, drives, winners, residual = torch.ops.ep_kernels.relax(*lists, *rest)

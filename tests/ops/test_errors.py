@@ -238,6 +238,11 @@ def program(*integers: int) -> Change:
     return {"program": list(integers)}
 
 
+def own_feedback(weight: Tensor) -> list[Tensor]:
+    """Of connection 1 alone."""
+    return [new(0), weight, new(0)]
+
+
 COUNTED = ("biases", "drives", "winners", "extra", "shapes", "connections", "drive_gains", "feedback_gains", "scales")
 RAW_DRIVE = {**DRIVE, "stride": [1, 1], "padding": [1, 1], "pool": 1, "winners": None}
 RAW_STEP = named("relax_step", capture("relax_step", lambda: functional.relax_step(**STEP))[0])
@@ -383,6 +388,11 @@ RAW: dict[str, tuple[Change, list[Row]]] = {
             (free(weights=lambda v: at(v, 0, new(3, 4, 3, 3))), "source", "4 channels", "2"),
             (free(weights=lambda v: at(v, 1, new(4, 3, 3, 3).double())), "weight", "dtype Float", "Double"),
             (free(weights=lambda v: at(v, 0, v[0].half())), "weights", "float32 or float64", "Half"),
+            ({"feedback_weights": FREE["weights"][:2]}, "feedback_weights", "3 entries", "2"),
+            ({"feedback_weights": own_feedback(new(4, 3, 3, 1))}, "feedback_weights", "[4, 3, 3, 3]", "[4, 3, 3, 1]"),
+            ({"feedback_weights": own_feedback(new(4, 3, 3, 3).double())}, "feedback_weights", "dtype Float", "Double"),
+            ({"linear_nodes": [0]}, "linear_nodes", "nodes from 1 to 3", "0"),
+            ({"linear_nodes": [1, 4]}, "linear_nodes", "nodes from 1 to 3", "4"),
             (free(states=lambda v: at(v, 0, new(2, 2, 9, 6))), "states", "shape [2, 2, 9, 7]", "[2, 2, 9, 6]"),
             (free(states=lambda v: at(v, 0, v[0].double())), "states", "dtype Float", "Double"),
             (free(states=lambda v: at(v, 0, v[0].to("meta"))), "states", "device cpu", "meta"),
@@ -419,7 +429,7 @@ RAW: dict[str, tuple[Change, list[Row]]] = {
             (program(0, 1, 1, 2, 1, 1, 0, 0, 0, 0), "program", "a nudge of node 1 before its step", "none"),
             (nudged(head_spec=lambda v: at(v, 0, 0)), "head_spec", "a node from 1 to 3", "0"),
             (nudged(head_spec=lambda v: at(v, 0, 4)), "head_spec", "a node from 1 to 3", "4"),
-            (nudged(head_spec=lambda v: at(v, 1, 2)), "head_spec", "loss 0 (cross_entropy) or 1 (mse)", "2"),
+            (nudged(head_spec=lambda v: at(v, 1, 3)), "head_spec", "1 (mse) or 2 (cosine)", "3"),
             (nudged(head_spec=lambda v: at(v, 6, -1)), "head_spec", "a pool from 0", "-1"),
             (nudged(head_spec=lambda v: at(v, 6, 1 << 40)), "head_spec", "a pool from 0", "1099511627776"),
             (nudged(head_spec=lambda v: at(v, 2, 2)), "head_spec", "no pool", "[4, 6]"),

@@ -13,15 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ep_kernels import RelaxConfig, ep_gradients, ops
-from tests.ops.inputs import capture
+from tests.core.nets import VARIANTS
+from tests.ops.inputs import RELAX, TENSOR_LISTS, capture
 from tests.ops.networks import HEADS, SKIP, problem
 
-# Positions of the integer lists, and of the tensor lists, among the arguments of relax.
-LISTS = {"shapes": 9, "connections": 10, "head_spec": 11, "program": 12}
-TENSORS = ("states", "weights", "biases", "drives", "winners", "free", "preactivations", "heads", "extra")
+INTEGER_LISTS = ("shapes", "connections", "head_spec", "program", "linear_nodes")
 CONFIGS = (
     RelaxConfig(),
-    RelaxConfig("sync", 3, 2, form="states", winners="live"),
+    RelaxConfig("sync", 3, 2, form="states"),
     RelaxConfig("even_odd", estimator="tangent"),
 )
 # Small enough that whatever fits together by chance also fits into memory, or far too large.
@@ -30,7 +29,7 @@ INTEGERS = st.integers(-2, 12) | st.sampled_from([-(2**63), -(2**31), 100, 2**31
 
 def record() -> list[tuple[Any, ...]]:
     calls = []
-    for network in (HEADS, SKIP):
+    for network in (HEADS, SKIP, VARIANTS["separate, linear top"]):
         params, x, targets = problem(network, 2, torch.float32)
         for config in CONFIGS:
             calls += capture("relax", lambda n=network, p=params, a=x, t=targets, c=config: ep_gradients(n, p, a, t, c))
@@ -68,8 +67,8 @@ def run(arguments: list[Any]) -> None:
     except RuntimeError:
         return
     assert len(states) == len(arguments[0]) - 1
-    for state, channels in zip(states, arguments[9][3::3], strict=True):
-        assert state.shape[:2] == (arguments[18], channels)
+    for state, channels in zip(states, arguments[RELAX["shapes"]][3::3], strict=True):
+        assert state.shape[:2] == (arguments[RELAX["batch"]], channels)
 
 
 QUICK = settings(
@@ -81,12 +80,12 @@ QUICK = settings(
 )
 
 
-@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("name", INTEGER_LISTS)
 @QUICK
 @given(data=st.data())
 def test_integer_lists(name: str, data: st.DataObject) -> None:
     arguments = list(data.draw(st.sampled_from(CALLS)))
-    arguments[LISTS[name]] = data.draw(mutated(arguments[LISTS[name]]))
+    arguments[RELAX[name]] = data.draw(mutated(arguments[RELAX[name]]))
     run(arguments)
 
 
@@ -112,7 +111,7 @@ def test_programs_from_nothing(data: st.DataObject) -> None:
         sweeps,
         section(drive),
     )
-    arguments[12] = data.draw(program)
+    arguments[RELAX["program"]] = data.draw(program)
     run(arguments)
 
 
@@ -122,7 +121,7 @@ def test_tensor_lists(data: st.DataObject) -> None:
     """Tensors that are absent, of another call, of another dtype, transposed, empty or cut."""
     arguments = list(data.draw(st.sampled_from(CALLS)))
     for _ in range(data.draw(st.integers(1, 3))):
-        index = TENSORS.index(data.draw(st.sampled_from(TENSORS)))
+        index = RELAX[data.draw(st.sampled_from(TENSOR_LISTS))]
         group = arguments[index]
         if not group:
             continue
@@ -130,6 +129,6 @@ def test_tensor_lists(data: st.DataObject) -> None:
         t = group[at] if group[at].dim() else group[at].view(1)
         changed = [t.new_empty(0), t.double(), t.to(torch.uint8), t[:1], t[:0], t.T if t.dim() == 2 else t.flatten()]
         changed += [t.unsqueeze(0), t.sum(), torch.full_like(t, 255)]
-        changed += [other for group in arguments[:9] for other in group]
+        changed += [other for group in arguments[: len(TENSOR_LISTS)] for other in group]
         arguments[index] = [*group[:at], data.draw(st.sampled_from(changed)), *group[at + 1 :]]
     run(arguments)

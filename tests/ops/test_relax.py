@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ep_kernels import Network, RelaxConfig, ep_gradients, free_phase, nudged_phase, ops
+from ep_kernels import Connection, Head, Network, RelaxConfig, ep_gradients, free_phase, nudged_phase, ops
 from ep_kernels.solver import contrast_gradients
-from tests.ops.inputs import LAYOUTS, assert_same, capture, relative_error
-from tests.ops.networks import CHAIN, HEADS, MSE, NETWORKS, SKIP, extra_nudges, problem
+from tests.core.nets import VARIANTS, fitting
+from tests.ops.inputs import LAYOUTS, RELAX, TENSOR_LISTS, assert_same, capture, relative_error
+from tests.ops.networks import CHAIN, HEADS, MAP, MSE, NETWORKS, SKIP, extra_nudges, problem
 
 BACKENDS = ("cpu", "reference")
 
@@ -72,6 +73,7 @@ def all_close(what: str, got: Sequence[Tensor | None], expected: Sequence[Tensor
 
 def compare(network: Network, config: RelaxConfig, batch: int = 3, *, extra: bool = False, warm: bool = False) -> None:
     """Both phases and the gradients of the compiled ops against those of the reference."""
+    network = fitting(network, config)
     params, x, targets = problem(network, batch)
     nudges = extra_nudges(network, batch) if extra else None
     start = None
@@ -129,6 +131,22 @@ def test_every_network(network: str, config: str, batch: int) -> None:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_warm_start(network: str, config: str, gain: float) -> None:
     compare(replace(NETWORKS[network], feedback_gain=gain), DEFAULTS[config], warm=True)
+
+
+CLAMPED = {
+    "coupled": RelaxConfig("sweep", 3, 3, 0.3, "coupled"),
+    "coupled states": RelaxConfig("even_odd", 3, 2, 0.3, "coupled", "states", damping=0.7),
+    "contrastive": RelaxConfig("sync", 3, 4, estimator="contrastive", over_relaxation=1.2),
+    "contrastive states": RelaxConfig("sweep", 3, 2, estimator="contrastive", form="states", linear_nudge=True),
+    "five_phase": RelaxConfig("sweep", 3, 2, 0.1, "five_phase"),
+}
+WITH_OUTPUTS = {"mse": MSE, **{name: VARIANTS[name] for name in ("separate, linear top", "cosine")}, "map": MAP}
+
+
+@pytest.mark.parametrize("config", CLAMPED)
+@pytest.mark.parametrize("network", WITH_OUTPUTS)
+def test_clamped_outputs(network: str, config: str) -> None:
+    compare(WITH_OUTPUTS[network], CLAMPED[config])
 
 
 @pytest.mark.parametrize("schedule", ["sweep", "even_odd", "sync"])
@@ -210,7 +228,7 @@ def test_tf32_computes_in_the_dtype_of_the_tensors() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_memory_layout(layout: str) -> None:
     change = LAYOUTS[layout]
-    for net in (SKIP, HEADS):
+    for net in (SKIP, HEADS, VARIANTS["separate, linear top"]):
         params, x, targets = problem(net)
         extra = extra_nudges(net)
 
@@ -223,6 +241,7 @@ def test_any_memory_layout(layout: str) -> None:
             biases=many(params.biases),
             head_weights=many(params.head_weights),
             head_biases=many(params.head_biases),
+            feedback_weights=many(params.feedback_weights),
         )
         start = [torch.rand_like(x)] + [torch.rand(3, *shape, dtype=x.dtype) for shape in net.shapes[1:]]
         config = RelaxConfig("even_odd", form="states")
@@ -235,13 +254,25 @@ def test_any_memory_layout(layout: str) -> None:
             close(key, got.named()[key], value)
 
 
+def test_feedback_weights_may_share_the_memory_of_the_weights() -> None:
+    net = Network(
+        ((4,), (5,), (5,)), (Connection(0, 1, None), Connection(1, 2, None)), Head(2, None, "mse"), feedback="separate"
+    )
+    params, x, targets = problem(net)
+    found, expected = (
+        ep_gradients(net, replace(params, feedback_weights=[None, own]), x, targets, backend="cpu")[0]
+        for own in (params.weights[1].t(), params.weights[1].t().clone())
+    )
+    assert_same(list(found.named().values()), list(expected.named().values()), 1e-12)
+
+
 @pytest.mark.parametrize("schedule", ["sweep", "sync"])
 def test_does_not_touch_its_arguments(schedule: str) -> None:
-    for net in NETWORKS.values():
+    config = RelaxConfig(schedule, form="states", winners="live")
+    for net in (fitting(net, config) for net in NETWORKS.values()):
         params, x, targets = problem(net)
         start = [x, *(torch.rand(3, *shape, dtype=x.dtype) for shape in net.shapes[1:])]
         kept = [t.clone() for t in (*params.named().values(), x, *targets, *start)]
-        config = RelaxConfig(schedule, form="states", winners="live")
         ep_gradients(net, params, x, targets, config, states=start, extra=extra_nudges(net), backend="cpu")
         now = [*params.named().values(), x, *targets, *start]
         assert all(torch.equal(a, b) for a, b in zip(now, kept, strict=True))
@@ -258,6 +289,36 @@ def test_nan_in_the_input_surfaces_in_its_sample_only() -> None:
         assert not free.converged
 
 
+ON_A_MAP = Network(
+    ((2, 4, 3), (3, 4, 3)),
+    (Connection(0, 1),),
+    Head(1, None, loss="cosine"),
+    (Head(1, 4, loss="cosine"), Head(1, 4, loss="cosine", pointwise=True)),
+)
+
+
+def check_zero_direction(on: str | None) -> None:
+    """Pixels whose channels are all zero, states that are, and targets that are get no gradient; NaN comes out."""
+    params, x, targets = problem(ON_A_MAP, 4, torch.float32)
+    params = replace(params, head_biases=[None if b is None else torch.zeros_like(b) for b in params.head_biases])
+    free = free_phase(ON_A_MAP, params, x, RelaxConfig(free_steps=1), keep=True, backend="reference")
+    free.states[1][1] = 0
+    free.states[1][2, :, 1, 1] = 0
+    free.states[1][3, 0, 0, 0] = float("nan")
+    free.preactivations[1].fill_(0.5)
+    config = RelaxConfig(nudged_steps=1, estimator="tangent")
+    found, expected = (nudged_phase(ON_A_MAP, params, free, targets, config, backend=b) for b in (on, "reference"))
+    delta = found.deltas[1]
+    assert not delta[:2].any()
+    assert delta[2].abs().amax(0)[1, 1] < delta[2].abs().max()
+    torch.testing.assert_close(delta, expected.deltas[1], rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert [bool(d.isnan().any()) for d in delta] == [False, False, False, True]
+
+
+def test_a_zero_vector_has_no_direction() -> None:
+    check_zero_direction("cpu")
+
+
 # --- the op itself ----------------------------------------------------------------------------------------------------
 
 CALLS = {
@@ -265,13 +326,15 @@ CALLS = {
     "mse-states-sync": (MSE, RelaxConfig("sync", 3, 2, form="states", winners="live")),
     "skip-even_odd-tangent": (SKIP, RelaxConfig("even_odd", estimator="tangent")),
     "heads-bfloat16": (HEADS, RelaxConfig(operands=torch.bfloat16)),
+    "separate": (VARIANTS["separate, linear top"], RelaxConfig()),
+    "cosine-clamped": (VARIANTS["cosine"], RelaxConfig(estimator="coupled")),
     "skip-float16": (SKIP, RelaxConfig(operands=torch.float16)),
     "chain-one-sweep": (CHAIN, RelaxConfig(free_steps=1, nudged_steps=1)),
     "skip-early-stop": (SKIP, RelaxConfig(free_steps=50, nudged_steps=50, tol=1e-3)),
 }
 
 
-CODES = slice(24, 26)  # operands and storage among the arguments of relax
+CODES = slice(RELAX["operands"], RELAX["storage"] + 1)
 
 
 def with_codes(arguments: tuple[Any, ...], operands: int, storage: int) -> tuple[Any, ...]:
@@ -281,7 +344,7 @@ def with_codes(arguments: tuple[Any, ...], operands: int, storage: int) -> tuple
 def calls(network: Network, config: RelaxConfig, batch: int = 2) -> list[tuple[Any, ...]]:
     """Arguments of the op in the free and the nudged phase."""
     params, x, targets = problem(network, batch, torch.float32)
-    extra = extra_nudges(network, batch, torch.float32)
+    extra = None if config.clamps else extra_nudges(network, batch, torch.float32)
     return capture("relax", lambda: ep_gradients(network, params, x, targets, config, extra=extra, backend="cpu"))
 
 
@@ -306,7 +369,7 @@ def test_outputs_own_their_memory() -> None:
     for network, config in CALLS.values():
         for arguments in calls(network, config):
             outputs = [t for group in ops.relax(*arguments) for t in (group if isinstance(group, list) else [group])]
-            given = [t for group in arguments[:9] for t in group]
+            given = [t for group in arguments[: len(TENSOR_LISTS)] for t in group]
             places = [t.data_ptr() for t in outputs if t.numel()]
             assert len(set(places)) == len(places)
             assert not set(places) & {t.data_ptr() for t in given if t.numel()}
@@ -314,7 +377,7 @@ def test_outputs_own_their_memory() -> None:
 
 def test_refuses_to_be_differentiated() -> None:
     free, _ = calls(*CALLS["chain"])
-    weights = [w.requires_grad_() for w in free[1]]
+    weights = [w.requires_grad_() for w in free[RELAX["weights"]]]
     states, *_ = ops.relax(free[0], weights, *free[2:])
     with pytest.raises(RuntimeError, match=r"ep_kernels::relax has no derivative.*ep_gradients.*bptt_gradients"):
         states[-1].sum().backward()

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ep_kernels import Network, RelaxConfig, contrast_gradients, ep_gradients, free_phase, nudged_phase, ops, relax_op
 from ep_kernels.relaxation import Relaxation, relax_reference
-from tests.core.nets import NETWORKS, problem
+from tests.core.nets import NETWORKS, fitting, problem
 from tests.ops import networks
-from tests.ops.inputs import capture
+from tests.ops.inputs import RELAX, TENSOR_LISTS, capture
 from tests.ops.test_relax import CODES, close, with_codes
 
 ALL = {**NETWORKS, **networks.NETWORKS}
@@ -57,8 +57,8 @@ def relaxations(network: Network, config: RelaxConfig) -> list[Relaxation]:
 @pytest.mark.parametrize("name", ALL)
 def test_the_reference_is_the_op(name: str, config: str) -> None:
     settings = CONFIGS[config]
-    for arguments in flat(ALL[name], settings, warm=config == "states"):
-        form = arguments[21]
+    for arguments in flat(fitting(ALL[name], settings), settings, warm=config == "states"):
+        form = arguments[RELAX["form"]]
         relaxation = relax_op.relaxation_of(*arguments)
         got = tensors(relax_op.flatten(relax_reference(relaxation), relaxation))
         expected = tensors(ops.relax(*arguments))
@@ -70,7 +70,7 @@ def test_the_reference_is_the_op(name: str, config: str) -> None:
                 close(f"output {i}", a, b, 1.0 if form == 0 else 0.0)
             assert a.dim() != 4 or a.is_contiguous(memory_format=torch.channels_last)
         places = [t.data_ptr() for t in got if t.numel()]
-        given = {t.data_ptr() for group in arguments[:9] for t in group if t.numel()}
+        given = {t.data_ptr() for group in arguments[: len(TENSOR_LISTS)] for t in group if t.numel()}
         assert len(set(places)) == len(places)
         assert not set(places) & given
         assert len({id(t) for t in got}) == len(got)  # absent ones, too
@@ -88,11 +88,12 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", ALL)
 def test_there_and_back(name: str, config: str) -> None:
-    """Every field of a relaxation, but for what is not encoded: the feedback gain, the plan's order, sweeps that will
-    not run, and heads, free states and preactivations where there is no nudge or no delta."""
-    for r in relaxations(ALL[name], CONFIGS[config]):
+    """Every field of a relaxation, but for what is not encoded: the feedback gain, what heads are tied to, the plan's
+    order, sweeps that will not run, and heads, free states and preactivations where there is no nudge or no delta."""
+    for r in relaxations(fitting(ALL[name], CONFIGS[config]), CONFIGS[config]):
         again = relax_op.relaxation_of(*relax_op.flat(r))
-        network = replace(r.network, feedback_gain=1.0)
+        heads = tuple(replace(head, tied=None) for head in r.network.local_heads)
+        network = replace(r.network, feedback_gain=1.0, local_heads=heads)
         lost = {"network", "plan"}
         if not r.targets:
             network = replace(network, readout=again.network.readout, local_heads=())
@@ -107,7 +108,8 @@ def test_there_and_back(name: str, config: str) -> None:
 
 def test_states_that_nothing_moves_are_copied() -> None:
     free, _ = flat(NETWORKS["max"], RelaxConfig(free_steps=1), warm=True)
-    idle = (*free[:12], [0, 1, 0, 0], *free[13:])  # a program without launches
+    at = RELAX["program"]
+    idle = (*free[:at], [0, 1, 0, 0], *free[at + 1 :])  # a program without launches
     relaxation = relax_op.relaxation_of(*idle)
     for outputs in (ops.relax(*idle), relax_op.flatten(relax_reference(relaxation), relaxation)):
         for state, start in zip(outputs[0], free[0][1:], strict=True):

@@ -74,7 +74,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_checkpoint_of_another_run_is_refused() -> None:
     state = Trainer(TINY).state()
-    for other in (replace(TINY, model="4p-5"), replace(TINY, model="4p"), replace(TINY, local_heads=(1,))):
+    for other in (replace(TINY, model="4p-5"), replace(TINY, model="4p"), replace(TINY, local_heads="1")):
         with pytest.raises(CheckpointError, match=r"the checkpoint does not fit config\.json: "):
             Trainer(other).restore(state, [])
     with pytest.raises(CheckpointError, match=r"the checkpoint does not fit config\.json: "):

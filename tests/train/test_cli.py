@@ -110,7 +110,7 @@ def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.Captur
         ([*TINY, "--model", "huge"], "argument 'model': expected one of digits, vgg5"),
         ([*TINY, "--model", "vgg5"], "vgg5 pools to nothing below 16x16 inputs, got 8x8"),
         ([*TINY, "--layer-lr", "1", "0.5", "0.2"], "argument 'layer_lr': expected 2 factors"),
-        ([*TINY, "--local-heads", "4"], "argument 'local_heads': expected nodes from 1 to 1, got 4"),
+        ([*TINY, "--local-heads", "4"], "argument 'local_heads': expected layers from 1 to 1, got '4'"),
         ([*TINY, "--backend", "cuda"], "backend 'cuda' cannot run: "),
         ([*TINY, "--lr", "1e6"], "the loss became "),
         (["check", "--model", "9q"], "or widths as 32-32p-64-64p"),
@@ -143,7 +143,7 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
     assert done.stderr == ""
     assert len(read_metrics(tmp_path / "run")) == 1
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (config["local_heads"], config["layer_lr"]) == ([1], [1.0, 0.5])
+    assert (config["local_heads"], config["layer_lr"]) == ("1", [1.0, 0.5])
 
 
 def test_a_used_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from ep_kernels.triton import launch, measure, tiling, tune
 from ep_kernels.triton.arch import INTERPRETER, KNOWN, Arch
 from ep_kernels.triton.problems import training_problems
 from ep_kernels.triton.tiling import Problem, Tile
-from tests.core.nets import NETWORKS, problem
+from tests.core.nets import NETWORKS, VARIANTS, problem
 
 DEVICE = "NVIDIA Test 9000"
 ARCH = KNOWN[90]
@@ -331,8 +331,18 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS.keys())
+TRAINED = [
+    *(pytest.param(n, c, id=f"{name}-{config}") for name, n in NETWORKS.items() for config, c in CONFIGS.items()),
+    *(pytest.param(n, RelaxConfig(), id=name) for name, n in VARIANTS.items()),
+    *(
+        pytest.param(VARIANTS["cosine"], RelaxConfig(estimator=estimator, form=form), id=f"{estimator}-{form}")
+        for estimator in ("five_phase", "contrastive", "coupled")
+        for form in ("delta", "states")
+    ),
+]
+
+
+@pytest.mark.parametrize(("network", "config"), TRAINED)
 def test_the_problems_are_those_that_a_batch_asks_for(
     network: Network, config: RelaxConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,8 +65,8 @@ EP_HD inline CosineError<T> cosine_error(T z_square, T target_square, T product,
   const bool found = z_square != z_square || z_square > least;  // a NaN comes out
   const bool wanted = target_square != target_square || target_square > least;
   if (!found || !wanted) return {T(0), T(0)};
-  const T norm = sqrt(z_square), target_norm = sqrt(target_square);
-  return {weight * (product / target_norm) / (norm * z_square), -weight / (norm * target_norm)};
+  const T norms = sqrt(z_square) * sqrt(target_square);
+  return {weight * (product / norms) / z_square, -weight / norms};
 }
 
 // Constants of one update of a node.

@@ -2,9 +2,9 @@
 // (>= 2.10); tensors on the CPU or a CUDA device, by way of torch's dispatcher.
 //
 // A program links to ep_kernels::ep_kernels (CMake) or loads libep_kernels.so before the first call, and has torch's
-// libraries: docs/cuda.md, tests/package/consumer. Arguments are checked: an error is a std::runtime_error, whose reason
-// torch writes to stderr or keeps in the exception, depending on its version. gamma a, below, is the slope times the
-// pre-activation.
+// libraries: docs/cuda.md, tests/package/consumer. Arguments are checked: an error is a std::runtime_error, whose
+// reason torch writes to stderr or keeps in the exception, depending on its version. gamma a, below, is the slope times
+// the pre-activation.
 //
 // Conventions shared by all: maps are [B, C, H, W] in channels_last memory (other layouts are copied), vectors [B, F];
 // stride and padding are (height, width) pairs; pool is 0 none, 1 max, 2 average (2x2, stride 2, floor); winners are

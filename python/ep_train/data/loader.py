@@ -52,6 +52,7 @@ class Batches:
         normalise: Normalise | None = None,
         crop_padding: int = 0,
         flip: bool = False,
+        cutout: int = 0,
         device: torch.device | str = "cpu",
         resident: bool | None = None,
     ) -> None:
@@ -69,6 +70,8 @@ class Batches:
             crop_padding: pad with this many black pixels on every side, then crop at random to the
                 old size; 0: off. Black is 0 before normalisation.
             flip: mirror every second image, on average, left to right.
+            cutout: put a black square of this side over every image, its centre anywhere in it (DeVries & Taylor 2017);
+                0: off.
             device: where the batches are made.
             resident: keep the images there, not on the host; default: when they take at most a quarter of its free
                 memory.
@@ -80,7 +83,12 @@ class Batches:
             raise DataError(f"split must be one of {', '.join(get_args(Split))}; got {split!r}")
         if normalise is not None and normalise not in get_args(Normalise):
             raise DataError(f"normalise must be one of {', '.join(get_args(Normalise))}; got {normalise!r}")
-        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("crop_padding", crop_padding, 0)):
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("crop_padding", crop_padding, 0),
+            ("cutout", cutout, 0),
+        ):
             if value < least:
                 raise DataError(f"{name} must be {least} or more, got {value}")
         training = split == "train"
@@ -93,6 +101,7 @@ class Batches:
         self.normalise: Normalise = default_normalise(dataset) if normalise is None else normalise
         self.crop_padding = crop_padding
         self.flip = flip
+        self.cutout = cutout
         self.device = torch.device(device)
         if self.drop_last and len(images) < batch_size:
             raise DataError(
@@ -131,21 +140,25 @@ class Batches:
         Raises:
             DataError: epoch or start out of range.
         """
+        return ((images, labels) for images, labels, _ in self.indexed(epoch, start=start))
+
+    def indexed(self, epoch: int = 0, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """As `epoch`, each batch with its images' places in the split, int64 [B]."""
         if epoch < 0:
             raise DataError(f"epoch must be 0 or more, got {epoch}")
         if not 0 <= start <= len(self):
             raise DataError(f"start must be in 0..{len(self)}, got {start}")
         return self._epoch(epoch, start)
 
-    def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         count = len(self.labels)
         # On the host, so that every device sees the same numbers; copied to where the images are once an epoch.
-        order_numbers, shift_numbers, flip_numbers = (
-            np.random.default_rng((self.seed, epoch, stream)) for stream in range(3)
+        order_numbers, shift_numbers, flip_numbers, cut_numbers = (
+            np.random.default_rng((self.seed, epoch, stream)) for stream in range(4)
         )
         store = self.images.device
         order = torch.arange(count, device=store)
-        shifts = mirror = None
+        shifts = mirror = cuts = None
         if self.shuffle:
             order = torch.from_numpy(order_numbers.permutation(count)).to(store)
         if self.crop_padding:
@@ -153,6 +166,9 @@ class Batches:
             shifts = torch.from_numpy(drawn).to(store)
         if self.flip:
             mirror = torch.from_numpy(flip_numbers.integers(0, 2, size=count) == 1).to(store)
+        if self.cutout:
+            drawn = cut_numbers.integers(0, self.images.shape[1:3], size=(count, 2))
+            cuts = torch.from_numpy(drawn).to(store)
         for batch in range(start, len(self)):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             pixels = self._sent(self.images.index_select(0, chosen))
@@ -163,7 +179,9 @@ class Batches:
                     None if shifts is None else self._sent(shifts.index_select(0, chosen)),
                     None if mirror is None else self._sent(mirror.index_select(0, chosen)),
                 )
-            yield self._normalised(pixels), self._sent(self.labels.index_select(0, chosen))
+            if cuts is not None:
+                pixels = cut_out(pixels, self.cutout, self._sent(cuts.index_select(0, chosen)))
+            yield self._normalised(pixels), self._sent(self.labels.index_select(0, chosen)), self._sent(chosen)
 
     def _sent(self, gathered: Tensor) -> Tensor:
         """A part of a batch, on the device: at once, or through pinned memory without waiting."""
@@ -204,3 +222,23 @@ def augment(pixels: Tensor, padding: int, shifts: Tensor | None, mirror: Tensor 
     first = torch.arange(count, device=device) * padded_height
     source = (first[:, None] + rows)[:, :, None] * padded_width + columns[:, None, :]  # [B, H, W]
     return pixels.reshape(-1, channels).index_select(0, source.reshape(-1)).view(count, height, width, channels)
+
+
+def cut_out(pixels: Tensor, side: int, centres: Tensor) -> Tensor:
+    """Put a black square over every image of a batch, cut at the image's edges.
+
+    Args:
+        pixels: [B, H, W, C].
+        side: of the square, in pixels.
+        centres: int64 [B, 2], row and column of its centre.
+
+    Returns:
+        [B, H, W, C], of the same dtype.
+    """
+    inside = []
+    for axis, length in enumerate(pixels.shape[1:3]):
+        first = centres[:, axis, None] - side // 2
+        place = torch.arange(length, device=pixels.device)
+        inside.append((place >= first) & (place < first + side))
+    square = inside[0][:, :, None] & inside[1][:, None, :]
+    return pixels.masked_fill(square[..., None], 0)

@@ -250,7 +250,7 @@ def test_signatures_of_contrasts_differ() -> None:
 
 def lowered(network: Network, schedule: str, steps: int, *, every: bool = False) -> Lowered:
     plan = compile_plan(network, schedule, "free", steps=steps)  # type: ignore[arg-type]
-    return lower(network, plan, steps, "states", warm=False, frozen=False, keep=True, every=every)
+    return lower(network, plan, steps, "states", frozen=False, keep=True, every=every)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 15, 16, 17, 18, 19, 20, 34, 35, 36, 100])

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from ep_kernels import Parameters, RelaxConfig, backend, backends, ep_gradients, functional, ops, relax_op
+from ep_kernels import Network, Parameters, RelaxConfig, backend, backends, ep_gradients, functional, ops, relax_op
 from ep_kernels.relaxation import Relaxation
-from tests.core.nets import NETWORKS, problem
+from tests.core.nets import NETWORKS, VARIANTS, problem
 from tests.ops.inputs import Maker, assert_same, sample_inputs
 
 CHECKS = ("test_schema", "test_faketensor")
@@ -36,8 +36,9 @@ def test_opcheck(op: str) -> None:
         assert_same(found, expected, 1e-4)
 
 
-def test_opcheck_of_relax() -> None:
-    p = problem(NETWORKS["max"], batch=2)
+@pytest.mark.parametrize("network", [NETWORKS["max"], VARIANTS["separate, tied head"]], ids=["tied", "separate"])
+def test_opcheck_of_relax(network: Network) -> None:
+    p = problem(network, batch=2)
     named = {name: t.float() for name, t in p.parameters.named().items()}
     config = RelaxConfig(free_steps=2, nudged_steps=1)
     with backends.recorded() as jobs:

@@ -1,0 +1,103 @@
+"""One run: train, then look at the gradient that reaches each layer, before and after."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.deep.tables import Run
+from benchmarks.machine import cpu_name, revision
+from ep_kernels import Parameters, RelaxConfig, free_phase, nudged_gradients
+from ep_train.check import compare, true_gradients
+from ep_train.config import TrainConfig
+from ep_train.feedforward import backprop_gradients
+from ep_train.learners import NetworkLearner
+from ep_train.run_folder import RunFolder, read_metrics, to_json
+from ep_train.trainer import Trainer
+
+PROBE = 64  # training images that the gradient is looked at with
+CONVERGE = 60  # sweeps to the equilibrium of the true gradient, and again as many through which BPTT goes
+RESULT = "result.json"
+
+
+def run(chosen: Run, folder: Path) -> None:
+    """Train in ``folder`` and write its result.json, atomically: what is there is finished."""
+    names = {field.name for field in fields(TrainConfig)}
+    unknown = set(chosen.values) - names
+    if unknown:
+        raise ValueError(f"run: no options of ep-train: {', '.join(sorted(unknown))}")
+    config = TrainConfig(**chosen.values, out=folder / "run", overwrite=True, quiet=True)
+    trainer = Trainer(config)
+    before = probe(trainer)
+    made = RunFolder.create(
+        config.out,
+        dataset=config.dataset,
+        model=config.model_name,
+        method=config.method,
+        seed=config.seed,
+        overwrite=True,
+    )
+    summary = trainer.run(made)
+    result = {
+        "table": chosen.table,
+        "row": chosen.row,
+        "column": chosen.column,
+        "seed": chosen.seed,
+        "values": dict(chosen.values),
+        "summary": summary,
+        "epochs": read_metrics(made.path),
+        "gradient": {"before": before, "after": probe(trainer)},
+        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
+        "revision": revision(),
+    }
+    text = json.dumps(to_json(result), allow_nan=False)
+    part = folder / f"{RESULT}.part"
+    part.write_text(text)
+    part.rename(folder / RESULT)
+
+
+def probe(trainer: Trainer) -> dict[str, Any]:
+    """Norm of the gradient of every connection, and its cosine to the true gradient of the same loss.
+
+    The true gradient is BPTT to convergence from the free phase's own end (of backprop, that of backprop itself).
+    """
+    learner, config = trainer.learner, trainer.config
+    assert isinstance(learner, NetworkLearner)
+    network, model = learner.network, learner.model
+    parameters = model.tensors()
+    images, labels, indices = next(trainer.train.indexed(0))
+    images, labels, indices = images[:PROBE], labels[:PROBE], indices[:PROBE]
+    targets = learner.loss.targets(images, labels, indices)
+    if config.method == "backprop":
+        found, _, _ = backprop_gradients(network, parameters, images, targets)
+        return {"norms": norms(found)}
+    relax = config.relax_config()
+    equilibrium = free_phase(network, parameters, images, relax, keep=True)
+    found, _ = nudged_gradients(network, parameters, equilibrium, targets, relax)
+    exact = Parameters.from_named(network, {name: t.double() for name, t in parameters.named().items()})
+    states = [t.double() for t in equilibrium.states]
+    true, settled = true_gradients(
+        network, exact, states, [t.double() for t in targets], steps=CONVERGE, schedule=schedule_of(relax)
+    )
+    cosines = {row.name: row.cosine for row in compare(found, true) if row.name.startswith("connections")}
+    return {
+        "norms": norms(found),
+        "true_norms": norms(true),
+        "cosines": cosines,
+        "residual": float(equilibrium.residual.mean()),
+        "true_residual": settled,
+    }
+
+
+def schedule_of(relax: RelaxConfig) -> Any:
+    """That of the run, but for gain 1 in sync, which may oscillate: the same equilibrium is reached in turn."""
+    return "even_odd" if relax.schedule == "sync" else relax.schedule
+
+
+def norms(gradients: Parameters) -> list[float]:
+    """Per connection, bottom to top."""
+    return [float(w.norm()) for w in gradients.weights]

@@ -1,0 +1,229 @@
+"""Gradients from the contrast of two phases: of connections, of feedback weights of their own, and of heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .network import Network
+from .parameters import Parameters
+from .precision import Operands
+from .relaxation import Contrast
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """Result of the free phase.
+
+    Attributes:
+        states: per node, [B, ...]; index 0 is the clamped input, the others are float16 if that is the ``storage``.
+        preactivations: per node, gamma a of its last update ([] when not kept).
+        drives, winners: by connection: drives that are those of the final states, winners of the last ones computed
+            (those of the final states if kept).
+        residual: [B], max over units of |s_{t+1} - s_t| in the last sweep that ran.
+        trace: [steps, B], the residual of every sweep.
+        steps: sweeps that ran.
+        converged: every residual is at most ``tol``; None when tol is 0, which never tests.
+    """
+
+    states: list[Tensor]
+    preactivations: list[Tensor | None]
+    drives: dict[int, Tensor]
+    winners: dict[int, Tensor]
+    residual: Tensor
+    trace: Tensor
+    steps: int
+    converged: bool | None
+
+
+@dataclass(frozen=True)
+class Nudged:
+    """Result of the nudged phases: ``deltas[i] / scales[i] = s^i - s_free^i``, [B, ...] or [2B, ...] (+beta first).
+
+    Attributes:
+        deltas: per node; in float16 if that is the ``storage`` of the delta form, else in the parameters' dtype.
+        beta: signed: -beta for the ``negative`` estimator.
+        centre: weight of the deltas in the contrast's mean: 1/2, or 0 for the tangent.
+        trace: [steps, n], the residual of every sweep, in the states' units.
+        winners: those of the nudged states by connection, when they are live; else {}.
+    """
+
+    deltas: list[Tensor | None]
+    scales: list[float]
+    phases: int
+    beta: float
+    centre: float
+    trace: Tensor
+    winners: dict[int, Tensor]
+
+
+@torch.no_grad()
+def contrast_gradients(
+    network: Network,
+    parameters: Parameters,
+    equilibrium: Equilibrium,
+    nudged: Nudged,
+    targets: Sequence[Tensor],
+    *,
+    operands: Operands = None,
+    backend: str | None = None,
+) -> Parameters:
+    """Gradients of the batch-mean loss from the two phases (Laborieux et al. 2021, with the feedback gain).
+
+    ``dL/dW_c = -k^(level(dst)-N) ( d<s^dst, drive_c>/dW at +beta - the same at -beta ) / (2 beta)``; heads get the mean
+    of their ordinary gradients at the contrasted states.
+
+    Args:
+        operands: precision of the operands of the two matrix products, as in :class:`RelaxConfig`.
+    """
+    x = equilibrium.states[0]
+    batch = max(x.shape[0], 1)
+    span = nudged.beta * (2 if nudged.phases == 2 else 1)
+    jobs: list[Contrast] = []
+    for c, conn in enumerate(network.connections):
+        level_gain = network.nudge_coefficient(conn.dst)
+        delta = nudged.deltas[conn.dst]
+        assert delta is not None
+        job = Contrast(
+            conn,
+            parameters.weights[c],
+            equilibrium.states[conn.src],
+            nudged.deltas[conn.src],
+            equilibrium.states[conn.dst],
+            delta,
+            _contrast_winners(equilibrium, nudged, c) if conn.pool == "max" else None,
+            source_gain=1 / nudged.scales[conn.src],
+            target_gain=1 / nudged.scales[conn.dst],
+            centre=nudged.centre,
+            scale=-1 / (level_gain * span * batch),
+            operands=operands,
+        )
+        jobs += _split(job) if network.has_feedback_weight(c) else [job]
+    found = iter(backends.contrasts(jobs, backend))
+    weights: list[Tensor] = []
+    feedback_weights: list[Tensor | None] = []
+    biases: list[Tensor | None] = [None] * len(network.shapes)
+    for c, conn in enumerate(network.connections):
+        weight, biases[conn.dst] = next(found)
+        weights.append(weight)
+        feedback_weights.append(next(found)[0] if network.has_feedback_weight(c) else None)
+    head_weights, head_biases = _head_gradients(network, parameters, equilibrium, nudged, targets)
+    separate = network.feedback == "separate"
+    return Parameters(weights, biases, head_weights, head_biases, feedback_weights if separate else ())
+
+
+def contrasted_states(equilibrium: Equilibrium, nudged: Nudged, node: int) -> Tensor:
+    """States of a node in the two phases that are contrasted, [2B, ...]; of the tangent, where both are the free
+    equilibrium, [B, ...]."""
+    free = equilibrium.states[node]
+    delta = nudged.deltas[node]
+    assert delta is not None
+    if nudged.centre == 0.0:
+        return free
+    moved = delta.to(torch.promote_types(delta.dtype, torch.float32)) / nudged.scales[node]
+    free = free.to(moved.dtype)
+    return tile(free, 2) + moved if nudged.phases == 2 else torch.cat([free + moved, free])
+
+
+def _contrast_winners(equilibrium: Equilibrium, nudged: Nudged, c: int) -> Tensor | None:
+    """Winners of connection c in the contrasted states: the free ones, or live ones of both (reference.contrast)."""
+    free, live = equilibrium.winners.get(c), nudged.winners.get(c)
+    if live is None or free is None:
+        return free
+    return live if nudged.phases == 2 else torch.cat([live, free])
+
+
+def _head_gradients(
+    network: Network, parameters: Parameters, equilibrium: Equilibrium, nudged: Nudged, targets: Sequence[Tensor]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    weights: list[Tensor | None] = []
+    biases: list[Tensor | None] = []
+    for h, head in enumerate(network.heads):
+        weight = parameters.head_weights[h]
+        if weight is None:
+            weights.append(None)
+            biases.append(None)
+            continue
+        state = contrasted_states(equilibrium, nudged, head.node).to(weight.dtype)
+        tiles = 1 if nudged.centre == 0.0 else 2
+        z = reference.head_output(head, state, weight, parameters.head_biases[h])
+        error = reference.head_error(head, z, tile(targets[h], tiles)) / max(state.shape[0], 1)
+        feature = reference.head_feature(head, state)
+        if head.pointwise:
+            error = error.movedim(1, -1).flatten(0, -2)
+            feature = feature.movedim(1, -1)
+            map_gradient = (error.t() @ feature.flatten(0, -2)).view_as(weight)
+        else:
+            map_gradient = error.t() @ feature.flatten(1)
+        weights.append(map_gradient)
+        biases.append(error.sum(0))
+        if head.tied is not None:
+            for group in (weights, biases):
+                own, other = group[head.tied], group[h]
+                assert own is not None
+                assert other is not None
+                group[head.tied], group[h] = own + other, None
+    return weights, biases
+
+
+def _split(job: Contrast) -> list[Contrast]:
+    """The two products of a contrast, for the weight (what the nudge changes at the destination, times the source) and
+    for the feedback weight (the destination, times what it changes at the source)."""
+    assert job.source_delta is not None
+    source, delta = job.source.to(job.weight.dtype), job.source_delta.to(job.weight.dtype)
+    both = delta if delta.shape[0] == source.shape[0] else delta[: source.shape[0]] + delta[source.shape[0] :]
+    forward = replace(job, source=source + job.centre * job.source_gain * both, source_delta=None)
+    target = job.target.to(job.weight.dtype)
+    moved = job.target_delta.to(job.weight.dtype)
+    both = moved if moved.shape[0] == target.shape[0] else moved[: target.shape[0]] + moved[target.shape[0] :]
+    target = target + job.centre * job.target_gain * both
+    return [forward, replace(job, target=target, target_delta=torch.zeros_like(job.target_delta))]
+
+
+def kolen_pollack(gradients: Parameters) -> Parameters:
+    """One update for weights and feedback weights: both get the mean ``(g_W + g_B) / 2`` of their gradients.
+
+    ``W - B`` then changes by weight decay alone, which shrinks it by one factor per step (Kolen & Pollack 1994,
+    "Backpropagation without weight transport"; in vector-field EP Laborieux et al. 2021).
+
+    Args:
+        gradients: of a network with ``feedback="separate"``; connections without feedback weights keep their own.
+
+    Raises:
+        ValueError: there are no feedback weights.
+    """
+    if not any(g is not None for g in gradients.feedback_weights):
+        raise ValueError(
+            "kolen_pollack: argument 'gradients': expected those of a network with feedback='separate', "
+            "got none of feedback weights"
+        )
+    weights, feedback_weights = list(gradients.weights), list(gradients.feedback_weights)
+    for c, own in enumerate(feedback_weights):
+        if own is not None:
+            weights[c] = feedback_weights[c] = (weights[c] + own) / 2
+    return replace(gradients, weights=weights, feedback_weights=feedback_weights)
+
+
+def combined(first: Parameters, second: Parameters, a: float, b: float) -> Parameters:
+    """``a first + b second``, tensor by tensor."""
+
+    def add(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [None if x is None or y is None else a * x + b * y for x, y in zip(ours, theirs, strict=True)]
+
+    weights = [a * x + b * y for x, y in zip(first.weights, second.weights, strict=True)]
+    return Parameters(
+        weights,
+        add(first.biases, second.biases),
+        add(first.head_weights, second.head_weights),
+        add(first.head_biases, second.head_biases),
+        add(first.feedback_weights, second.feedback_weights),
+    )
+
+
+def tile(x: Tensor, times: int) -> Tensor:
+    """``times`` copies along the batch."""
+    return x if times == 1 else torch.cat([x] * times)

@@ -1,0 +1,117 @@
+"""A teacher's logits of a fixed set of images, kept on disk in float32."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import Batches, Dataset
+from ..teachers import Normalisation, Teacher
+
+
+class CacheError(ValueError):
+    """A cache is damaged, or holds the logits of something else."""
+
+
+class LogitCache:
+    """Logits [count, classes] of images 0 .. count - 1, in memory, and in one file once all of them are there.
+
+    The file is an .npz of the key, the logits and their sha256. It is written to a temporary name first, so a reader
+    sees all of it or nothing.
+
+    Attributes:
+        complete: every image has its logits.
+    """
+
+    def __init__(self, path: Path, count: int, classes: int, key: str) -> None:
+        """
+        Args:
+            path: the file; read if it is there.
+            key: digest of all that the logits depend on: the teacher's weights and the images.
+
+        Raises:
+            CacheError: the file is damaged, of another key or of another size. It is left as it is.
+        """
+        self.path, self.key = path, key
+        self.logits = torch.zeros(count, classes)
+        self.known = torch.zeros(count, dtype=torch.bool)
+        self.complete = False  # kept here: a batch does not wait for a GPU to be told
+        if path.exists():
+            self.logits = self._read((count, classes))
+            self.known.fill_(True)
+            self.complete = True
+
+    def get(self, indices: Tensor) -> Tensor | None:
+        """Logits [B, classes], on the device of ``indices`` (int64 [B]); None if one of them is not known."""
+        self._moved(indices.device)
+        if not self.complete and not bool(self.known[indices].all()):
+            return None
+        return self.logits[indices]
+
+    def put(self, indices: Tensor, logits: Tensor) -> None:
+        """Keep logits [B, classes] of these images; the file is written when the last ones have come."""
+        self._moved(indices.device)
+        self.logits[indices] = logits.to(self.logits)
+        self.known[indices] = True
+        self.complete = bool(self.known.all())
+        if self.complete:
+            self._write()
+
+    def fill(self, teacher: Teacher, dataset: Dataset, device: torch.device) -> None:
+        """One pass of the teacher over the training images, in their order and normalised as batches are."""
+        batches = Batches(dataset, "train", batch_size=256, shuffle=False, drop_last=False, device=device)
+        place = 0
+        for images, _ in batches.epoch():
+            self.put(torch.arange(place, place + len(images), device=device), teacher.outputs(images)[0])
+            place += len(images)
+
+    def _moved(self, device: torch.device) -> None:
+        self.logits, self.known = self.logits.to(device), self.known.to(device)
+
+    def _refuse(self, why: str) -> CacheError:
+        return CacheError(f"the cache of teacher logits {self.path} {why}: remove it, or name another file")
+
+    def _read(self, shape: tuple[int, int]) -> Tensor:
+        damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+        try:
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                key, digest, logits = str(stored["key"]), str(stored["sha256"]), stored["logits"]
+        except damaged as error:
+            raise self._refuse(f"is damaged ({error})") from error
+        if key != self.key:
+            raise self._refuse("is of another teacher, other images or another normalisation")
+        if logits.dtype != np.float32 or logits.shape != shape or _digest(logits.tobytes()) != digest:
+            raise self._refuse("is damaged (its numbers are not those that were written)")
+        return torch.from_numpy(logits)
+
+    def _write(self) -> None:
+        logits = self.logits.cpu().numpy()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.stem}-", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, key=np.array(self.key), sha256=np.array(_digest(logits.tobytes())), logits=logits)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def cache_key(teacher: Teacher, dataset: Dataset) -> str:
+    """Digest of a teacher and of the training images that it is shown, with their normalisation."""
+    total = hashlib.sha256(f"{teacher.digest()}|{Normalisation.of(dataset)}|{dataset.train_images.shape}|".encode())
+    total.update(dataset.train_images.cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,295 @@
+"""What a trainer trains: a model with the step and the prediction of a method. One class for each kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ep_kernels import Network
+
+from .config import TrainConfig
+from .data import Dataset
+from .distill import Distillation
+from .dropout import Dropout
+from .losses import AugmentedLoss, LocalErrors
+from .models import Model, build_network
+from .step import (
+    StepResult,
+    backprop_step,
+    bptt_step,
+    ep_step,
+    module_step,
+    predict,
+    predict_feedforward,
+)
+from .teachers import TEACHERS, Normalisation, build_teacher, load_teacher
+from .warm import WarmStates
+
+OPTIONS = {
+    ("LocalErrors", "layers"): "local_heads",
+    ("LocalErrors", "weight"): "local_weight",
+    ("LocalErrors", "pool"): "local_pool",
+    ("LocalErrors", "loss"): "local_loss",
+    ("Distillation", "logits"): "distill_logits",
+    ("Distillation", "temperature"): "distill_temperature",
+    ("Distillation", "local_logits"): "distill_local_logits",
+    ("Distillation", "features"): "distill_features",
+    ("Distillation", "feature_weight"): "distill_feature_weight",
+    ("Distillation", "feature_loss"): "distill_feature_loss",
+    ("Distillation", "map"): "distill_map",
+    ("Distillation", "cache"): "teacher_cache",
+    ("Dropout", "rates"): "dropout",
+}
+STREAM = 1_000_003  # a prime: seeds of different batches differ
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images [B, C, H, W], labels [B] and the images' indices in the dataset [B]; the epoch and its batch, from 0."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    epoch: int
+    number: int
+
+
+class Learner(Protocol):
+    """A model, how it learns from a batch, and how it predicts."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What the optimizer and checkpoints hold."""
+
+    def step(self, batch: Batch) -> StepResult:
+        """Gradients of a batch into ``.grad``."""
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Outputs [B, classes], and residuals [B] of a relaxation."""
+
+    def layer_of(self, name: str) -> int:
+        """Layer of a parameter, from 1, for per-layer learning rates."""
+
+    @property
+    def layers(self) -> int:
+        """Number of layers, with the readout."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the model."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+
+
+class NetworkLearner:
+    """A network of this library by EP, BPTT or backprop of its feed-forward counterpart.
+
+    Args:
+        config: the run. dataset: its data. device: where the model is.
+
+    Raises:
+        ValueError, DataError: options that do not fit together or the dataset; a teacher that cannot be loaded.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, device: torch.device) -> None:
+        self.config = config
+        teacher = None
+        if config.teacher is not None:
+            teacher = load_teacher(
+                config.teacher,
+                image_shape=dataset.image_shape,
+                classes=dataset.classes,
+                images=Normalisation.of(dataset),
+            )
+        elif config.distill_logits or config.distill_local_logits or config.distill_features:
+            raise ValueError("TrainConfig: argument 'teacher': expected one to distil from, got none")
+        with _named_as_options():
+            self.loss = AugmentedLoss(
+                network_of(config, dataset),
+                dataset.classes,
+                local=LocalErrors(config.local_heads, config.local_weight, config.local_pool, config.local_loss),
+                distillation=_distillation(config),
+                teacher=teacher,
+                seed=config.seed,
+                dataset=dataset,
+                augmented=bool(config.crop_padding or config.flip or config.cutout),
+            )
+        self.network = self.loss.network
+        gain = config.layer_gain or config.weight_gain
+        self._model = Model(self.network, weight_gain=gain, seed=config.seed, loss=self.loss).to(device)
+        with _named_as_options():
+            self.dropout = Dropout(self.network, config.dropout) if config.dropout else None
+        self.warm = None
+        if config.warm_start:
+            self.warm = WarmStates(self.network, len(dataset.train_labels))
+
+    @property
+    def model(self) -> Model:
+        """The network's parameters, and those of the loss."""
+        return self._model
+
+    @property
+    def layers(self) -> int:
+        """Nodes, then the readout."""
+        return len(self.network.shapes)
+
+    def layer_of(self, name: str) -> int:
+        """Layer of a parameter: see :meth:`Model.layer_of`."""
+        return self.model.layer_of(name)
+
+    def step(self, batch: Batch) -> StepResult:
+        """Gradients of a batch into ``.grad``."""
+        masks = None
+        if self.dropout is not None:
+            masks = self.dropout.draw(self._draws(batch, "dropout"))
+        images, labels, indices = batch.images, batch.labels, batch.indices
+        if self.config.method == "backprop":
+            return backprop_step(self.model, images, labels, indices=indices, masks=masks)
+        relax = self.config.relax_config(positive_sign=self._sign(batch))
+        if self.config.method == "bptt":
+            return bptt_step(self.model, images, labels, relax, indices=indices, masks=masks)
+        states = self.warm.get(indices, images) if self.warm is not None else None
+        same_update = self.config.feedback == "kolen_pollack"
+        result = ep_step(
+            self.model, images, labels, relax, indices=indices, states=states, masks=masks, same_update=same_update
+        )
+        if self.warm is not None:
+            assert result.states is not None
+            self.warm.put(indices, result.states)
+        return result
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Outputs of the readout, and the residuals of the free phase (none of a feed-forward network)."""
+        if self.config.method == "backprop":
+            return predict_feedforward(self.model, images), None
+        return predict(self.model, images, self.config.relax_config())
+
+    def state(self) -> dict[str, Any]:
+        """The kept equilibria of a warm start."""
+        return {} if self.warm is None else {"warm": self.warm.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take them up again."""
+        if self.warm is not None:
+            self.warm.load_state_dict(state["warm"])
+
+    def _sign(self, batch: Batch) -> bool:
+        """This batch's draw of ``random_sign``: the same whichever batches came before."""
+        return bool(torch.randint(2, (1,), generator=self._draws(batch, "sign")))
+
+    def _draws(self, batch: Batch, what: Literal["dropout", "sign"]) -> torch.Generator:
+        """Random numbers of a batch, the same after a resume."""
+        seed = 0
+        for part in (self.config.seed, batch.epoch, batch.number, what == "sign"):
+            seed = (seed * STREAM + int(part)) % (1 << 63)
+        return torch.Generator().manual_seed(seed)
+
+
+class ModuleLearner:
+    """An ordinary torch module by backprop: a teacher.
+
+    Args:
+        module: called with images; returns logits.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._module: nn.Module = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def model(self) -> nn.Module:
+        """The module."""
+        return self._module
+
+    @property
+    def layers(self) -> int:
+        """One: it has no per-layer learning rates."""
+        return 1
+
+    def layer_of(self, name: str) -> int:
+        """Always the one layer."""
+        return 1
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: the module is all."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def step(self, batch: Batch) -> StepResult:
+        """Gradients of a batch into ``.grad``."""
+        return module_step(self._module, batch.images, batch.labels)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits in evaluation mode."""
+        self._module.eval()
+        return self._module(images), None
+
+
+def make_learner(config: TrainConfig, dataset: Dataset, device: torch.device) -> Learner:
+    """What a configuration trains.
+
+    Raises:
+        ValueError, DataError: see :class:`NetworkLearner`.
+    """
+    name = config.model_name
+    if name not in TEACHERS:
+        return NetworkLearner(config, dataset, device)
+    if config.method != "backprop":
+        raise ValueError(f"TrainConfig: argument 'model': expected --method backprop with {name}, got {config.method}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        module = build_teacher(name, dataset.image_shape, dataset.classes, width=config.width)
+    return ModuleLearner(module, device)
+
+
+def network_of(config: TrainConfig, dataset: Dataset) -> Network:
+    """The network of a run, without its local heads."""
+    return build_network(
+        config.model_name,
+        dataset.image_shape,
+        dataset.classes,
+        width=config.width,
+        pool=config.pool,
+        readout=config.readout,
+        linear_output=config.linear_output,
+        box=config.box,
+        feedback="tied" if config.feedback == "tied" else "separate",
+        feedback_gain=config.feedback_gain,
+        slope=config.slope,
+    )
+
+
+@contextmanager
+def _named_as_options() -> Iterator[None]:
+    """Errors of the classes that options are handed to, by the names of the options."""
+    try:
+        yield
+    except ValueError as error:
+        found = re.match(r"(LocalErrors|Distillation|Dropout): argument '(\w+)'", str(error))
+        option = OPTIONS.get((found[1], found[2])) if found else None
+        if found is None or option is None:
+            raise
+        raise ValueError(f"TrainConfig: argument '{option}'{str(error)[found.end() :]}") from error
+
+
+def _distillation(config: TrainConfig) -> Distillation | None:
+    if config.teacher is None:
+        return None
+    return Distillation(
+        logits=config.distill_logits,
+        temperature=config.distill_temperature,
+        local_logits=config.distill_local_logits,
+        features=config.distill_features,
+        feature_weight=config.distill_feature_weight,
+        feature_loss=config.distill_feature_loss,
+        map=config.distill_map,
+        cache=config.teacher_cache,
+    )

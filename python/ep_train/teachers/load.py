@@ -1,0 +1,259 @@
+"""A teacher from a spec: ``NAME:PATH``, a run folder, or a pretrained name of torchvision or timm."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import ep_kernels
+from ep_kernels import RelaxConfig
+
+from ..feedforward import feedforward_states
+from ..models import Model
+from .nets import BASE, HEAD, STEM, TEACHERS, Normalise, build_teacher
+from .teacher import IMAGENET, Normalisation, Teacher
+
+WHERE = "load_teacher: argument 'spec'"
+LIBRARIES = ("torchvision", "timm")
+
+
+class _Images(NamedTuple):
+    """What a network depends on of a dataset."""
+
+    image_shape: tuple[int, int, int]
+    classes: int
+
+
+class EquilibriumTeacher(nn.Module):
+    """A trained EP network: its free phase, and its states as outputs of the modules ``nodes.1``, ``nodes.2``, ...
+
+    Without a ``config`` it is one that was trained by backprop: the feed-forward network.
+    """
+
+    def __init__(self, model: Model, config: RelaxConfig | None) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.nodes = nn.ModuleDict({str(i): nn.Identity() for i in range(1, len(model.network.shapes))})
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] to logits [B, classes]."""
+        network, tensors = self.model.network, self.model.tensors()
+        if self.config is None:
+            states = feedforward_states(network, tensors, images)
+        else:
+            states = ep_kernels.free_phase(network, tensors, images, self.config).states
+        for i, node in self.nodes.items():
+            node(states[int(i)])
+        head = network.readout
+        state = states[head.node].to(images.dtype)
+        return ep_kernels.reference.head_output(head, state, tensors.head_weights[0], tensors.head_biases[0])
+
+
+def load_teacher(
+    spec: str,
+    *,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    names: Sequence[str] = (),
+    images: Normalisation | None = None,
+) -> Teacher:
+    """A teacher, on the CPU.
+
+    Args:
+        spec: one of
+
+            * ``NAME:PATH``: a name of ``TEACHERS`` and a state dict (.pt, .safetensors) or a run folder of
+              ``ep-train teacher``;
+            * ``PATH``: a run folder of ``ep-train teacher``, or of ``ep-train``: an EP network, whose features are the
+              states of its nodes (``nodes.3``). It reads batches as they come, so it must be of the same dataset;
+            * ``torchvision:NAME`` or ``timm:NAME`` (or ``NAME`` alone, looked up in that order): pretrained on
+              ImageNet, downloaded by the library; ``torchvision:NAME:PATH`` with the weights in PATH. Of another number
+              of classes it has features, and no logits for this dataset.
+        image_shape: (C, H, W) of the batches.
+        classes: of the dataset: a state dict of another number of classes still loads, and serves features.
+        names: modules to watch.
+        images: how the batches are normalised; only teachers that normalise pixels themselves need it.
+
+    Raises:
+        ValueError: nothing of that name, a file that cannot be read (files are read with ``weights_only``) or does not
+            fit, a library that is not installed.
+    """
+    name, _, rest = spec.partition(":")
+    if rest and name in TEACHERS:
+        return _own(name, Path(rest), image_shape, names, images)
+    if rest and name in LIBRARIES:
+        return _library((name,), rest, image_shape, classes, names, images)
+    if spec and Path(spec).exists():
+        return _run_folder(Path(spec), None, image_shape, names, images)
+    if not spec or any(c in spec for c in "/\\"):
+        expected = f"NAME:PATH, a run folder that is there, or a name of {' or '.join(LIBRARIES)}"
+        raise ValueError(f"{WHERE}: expected {expected}, got {spec!r}")
+    return _library(LIBRARIES, spec, image_shape, classes, names, images)
+
+
+def _own(
+    name: str, path: Path, image_shape: tuple[int, int, int], names: Sequence[str], images: Normalisation | None
+) -> Teacher:
+    if path.is_dir():
+        return _run_folder(path, name, image_shape, names, images)
+    return _built(name, _state_dict(path), str(path), image_shape, names, images)
+
+
+def _built(
+    name: str,
+    state: Mapping[str, Tensor],
+    where: str,
+    image_shape: tuple[int, int, int],
+    names: Sequence[str],
+    images: Normalisation | None,
+) -> Teacher:
+    """One of ours with these weights; their shapes say its width and its number of classes."""
+    if STEM[name] not in state or HEAD[name] not in state:
+        raise ValueError(
+            f"{WHERE}: expected a state dict of our {name} (with '{STEM[name]}' and '{HEAD[name]}') in {where}, got "
+            f"{', '.join(list(state)[:4])}, ... (weights of torchvision's: torchvision:{name}:PATH)"
+        )
+    stem, head = state[STEM[name]], state[HEAD[name]]
+    if stem.shape[1] != image_shape[0]:
+        raise ValueError(
+            f"{WHERE}: expected a teacher of {image_shape[0]}-channel images, got {stem.shape[1]} in {where}"
+        )
+    module = build_teacher(name, image_shape, head.shape[0], stem.shape[0] / BASE)
+    try:
+        missing, unexpected = module.load_state_dict(dict(state), strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{WHERE}: {where} does not fit {name}: {error}") from error
+    missing = [key for key in missing if not key.startswith("normalise.")]
+    if missing or unexpected:
+        raise ValueError(f"{WHERE}: {where} does not fit {name}: missing {missing}, unexpected {list(unexpected)}")
+    normalise = module.normalise
+    assert isinstance(normalise, Normalise)
+    pixels = Normalisation((0.0,) * image_shape[0], (1.0,) * image_shape[0])
+    reads = pixels if normalise.reads_pixels else None
+    return Teacher(module, image_shape=image_shape, names=names, images=images, reads=reads, identity=name)
+
+
+def _run_folder(
+    path: Path,
+    name: str | None,
+    image_shape: tuple[int, int, int],
+    names: Sequence[str],
+    images: Normalisation | None,
+) -> Teacher:
+    from .. import checkpoint
+    from ..learners import network_of  # which loads teachers
+    from ..trainer import config_from_json
+
+    if not path.is_dir():
+        raise ValueError(f"{WHERE}: expected a run folder, or NAME:PATH for a state dict, got the file {path}")
+    config_path = path / "config.json"
+    try:
+        values = json.loads(config_path.read_text())
+        state = torch.load(path / checkpoint.NAME, weights_only=True, map_location="cpu")["model"]
+    except Exception as error:  # torch.load raises many kinds; each means the same here
+        raise ValueError(f"{WHERE}: {path} is not a run folder with a config.json and a checkpoint: {error}") from error
+    if not any(key.startswith("connections.") for key in state):
+        found = values.get("model")
+        if name is None and found not in TEACHERS:
+            raise ValueError(f"{WHERE}: expected NAME:{path}, as its config.json names none of {', '.join(TEACHERS)}")
+        return _built(name or str(found), state, str(path), image_shape, names, images)
+    if name is not None:
+        raise ValueError(f"{WHERE}: expected a run of `ep-train teacher` with {name}, got an EP run: {path}")
+    config = config_from_json(config_path)
+    outputs = state["heads.0.weight"].shape[0] if "heads.0.weight" in state else _last_bias(state)
+    network = network_of(config, _Images(image_shape, outputs))  # type: ignore[arg-type]
+    model = Model(network)
+    wanted = model.state_dict().keys()  # without the heads that its training had beside the readout
+    try:
+        model.load_state_dict({key: tensor for key, tensor in state.items() if key in wanted})
+    except RuntimeError as error:
+        raise ValueError(f"{WHERE}: the EP network in {path} does not read these images: {error}") from error
+    relax = None if config.method == "backprop" else config.relax_config()
+    module = EquilibriumTeacher(model, relax)
+    return Teacher(module, image_shape=image_shape, names=names, images=images, identity=f"{network}{relax}")
+
+
+def _last_bias(state: Mapping[str, Tensor]) -> int:
+    last = max(int(key.split(".")[1]) for key in state if key.startswith("nodes."))
+    return state[f"nodes.{last}.bias"].shape[0]
+
+
+def _library(
+    libraries: Sequence[str],
+    spec: str,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    names: Sequence[str],
+    images: Normalisation | None,
+) -> Teacher:
+    name, _, rest = spec.partition(":")
+    absent = []
+    for library in libraries:
+        try:
+            package: Any = importlib.import_module("torchvision.models" if library == "torchvision" else library)
+        except ImportError:
+            absent.append(library)
+            continue
+        if name not in package.list_models():
+            continue
+        state = _state_dict(Path(rest)) if rest else None
+        make: Any = package.get_model if library == "torchvision" else package.create_model
+        key = "weights" if library == "torchvision" else "pretrained"
+        options: dict[str, Any] = {key: ("DEFAULT" if library == "torchvision" else True) if state is None else None}
+        if state is not None:
+            last = [t for k, t in state.items() if k.endswith("weight") and t.dim() == 2]
+            options["num_classes"] = last[-1].shape[0] if last else classes
+            if library == "timm":
+                options["pretrained"] = False
+        module = make(name, **options)
+        if state is not None:
+            try:
+                module.load_state_dict(state)
+            except RuntimeError as error:
+                raise ValueError(f"{WHERE}: {rest} does not fit {library}'s {name}: {error}") from error
+        reads = _timm_reads(module) if library == "timm" else IMAGENET
+        return Teacher(
+            module, image_shape=image_shape, names=names, images=images, reads=reads, identity=f"{library}:{name}"
+        )
+    message = f"{WHERE}: expected NAME:PATH with one of {', '.join(TEACHERS)}, a run folder, or a pretrained name"
+    if absent:
+        message += f" (not installed here: {', '.join(absent)}; pip install {' '.join(absent)})"
+    raise ValueError(f"{message}, got {spec!r}")
+
+
+def _timm_reads(module: Any) -> Normalisation:
+    config = getattr(module, "pretrained_cfg", {})
+    return Normalisation(tuple(config.get("mean", IMAGENET.mean)), tuple(config.get("std", IMAGENET.std)))
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, from a .safetensors file or one of torch's; of a checkpoint the model's."""
+    if not path.is_file():
+        raise ValueError(f"{WHERE}: expected a state dict or a run folder, got no such file: {path}")
+    if path.suffix == ".safetensors":
+        try:
+            files: Any = importlib.import_module("safetensors.torch")
+        except ImportError as error:
+            raise ValueError(f"{WHERE}: {path} needs safetensors: pip install safetensors") from error
+        read = files.load_file
+    else:
+
+        def read(file: Path) -> Any:
+            return torch.load(file, weights_only=True, map_location="cpu")
+
+    try:
+        state = read(path)
+    except Exception as error:  # many kinds; each means the same here
+        raise ValueError(f"{WHERE}: {path} is not a readable state dict: {error}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{WHERE}: expected tensors by name in {path}, got {type(state).__name__}")
+    return state
