@@ -22,7 +22,7 @@ class RelaxConfig:
     Args:
         schedule: ``sweep`` (bottom-up free, top-down nudged), ``even_odd`` or ``sync``.
         free_steps, nudged_steps: T and K, in sweeps.
-        beta: nudging strength, > 0; no part of ``tangent``.
+        beta: nudging strength, > 0; no part of ``tangent``. The states form in float32 wants 0.01 or more.
         estimator: ``symmetric`` (+beta and -beta in one batch of 2B; Laborieux et al. 2021), one-sided ``positive`` or
             ``negative`` (Scellier & Bengio 2017), ``tangent``, the limit of small beta: one linear phase, or
             ``five_phase``: free, +-beta and +-2 beta, extrapolated to an error of beta^4. For an ``mse`` readout also

@@ -20,6 +20,7 @@ from .plan import Form, Plan, Step, compile_plan
 from .relaxation import Relaxation, Relaxed
 
 log = logging.getLogger("ep_kernels")
+LEAST_BETA = 0.01  # of the states form, but in float64
 
 
 @torch.no_grad()
@@ -138,6 +139,8 @@ def nudged_phase(
     )
     if form != "states":
         _warn_unreached(network, plan, config)
+    elif x.dtype != torch.float64 and abs(beta) < LEAST_BETA:
+        _warn_small_beta(abs(beta), x.dtype)
     batch = phases * x.shape[0]
     count = len(network.connections)
     top = network.readout.node
@@ -271,6 +274,18 @@ def delta_scales(network: Network, beta: float) -> list[float]:
         exponent = round(-math.log2(abs(beta)) - depth * math.log2(network.feedback_gain))
         scales.append(math.ldexp(1.0, min(max(exponent, -100), 100)))
     return scales
+
+
+@lru_cache(maxsize=64)
+def _warn_small_beta(beta: float, dtype: torch.dtype) -> None:
+    """Say so, once, when the states form subtracts states that hardly differ."""
+    log.warning(
+        "nudged_phase: beta %g with form 'states' in %s: the phases differ by little more than rounding, and lower "
+        "layers get noise for gradients. Use form='delta', or beta of %g and more",
+        beta,
+        dtype,
+        LEAST_BETA,
+    )
 
 
 @lru_cache(maxsize=64)  # once for each network and setting

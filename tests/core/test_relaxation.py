@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ep_kernels import (
     Network,
+    Parameters,
     RelaxConfig,
     compile_plan,
     contrast_gradients,
@@ -20,6 +21,7 @@ from ep_kernels import (
     free_phase,
     nudged_phase,
     reference,
+    solver,
 )
 from ep_kernels.plan import SCHEDULES
 from tests.core.nets import BACKENDS, NETWORKS, POOLED, VARIANTS, Problem, fitting, problem
@@ -338,3 +340,22 @@ def test_unreached_nodes_are_reported(caplog: pytest.LogCaptureFixture) -> None:
         assert expected in caplog.text
         assert bool(gradients.weights[0].any()) == (not expected)
         assert bool(caplog.text) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("form", "beta", "dtype", "said"),
+    [("states", 1e-3, "float32", True), ("states", 0.2, "float32", False), ("delta", 1e-6, "float32", False),
+     ("states", 1e-3, "float64", False)],
+)  # fmt: skip
+def test_a_beta_too_small_for_states_is_reported(
+    form: Any, beta: float, dtype: str, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    solver._warn_small_beta.cache_clear()
+    p = problem(NETWORKS["max"])
+    as_dtype = {name: t.to(getattr(torch, dtype)) for name, t in p.parameters.named().items()}
+    parameters = Parameters.from_named(p.network, as_dtype)
+    targets = [t.to(getattr(torch, dtype)) for t in p.targets]
+    config = RelaxConfig(form=form, beta=beta, nudged_steps=4)
+    with caplog.at_level("WARNING", "ep_kernels"):
+        ep_gradients(p.network, parameters, p.x.to(getattr(torch, dtype)), targets, config)
+    assert ("Use form='delta'" in caplog.text) == said
