@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from .network import Connection, Network
 from .plan import FORMS, SCHEDULES, Form, Schedule, Winners
 from .precision import OPERANDS, STORAGES, Operands
 
@@ -22,7 +23,10 @@ class RelaxConfig:
     Args:
         schedule: ``sweep`` (bottom-up free, top-down nudged), ``even_odd`` or ``sync``.
         free_steps, nudged_steps: T and K, in sweeps.
-        beta: nudging strength, > 0; no part of ``tangent``. The states form in float32 wants 0.01 or more.
+        beta: nudging strength, > 0. ``tangent`` and ``contrastive`` (which nudges local heads at strength 1) do not
+            read it. In the states form the nudge moves the lowest layer by about ``beta k^(levels - 1)``,
+            and what is below the rounding of the states is noise: a warning asks for 32 times the eps of their dtype,
+            one-sided (one phase against the free one) for 512 times. Delta forms take any beta.
         estimator: ``symmetric`` (+beta and -beta in one batch of 2B; Laborieux et al. 2021), one-sided ``positive`` or
             ``negative`` (Scellier & Bengio 2017), ``tangent``, the limit of small beta: one linear phase, or
             ``five_phase``: free, +-beta and +-2 beta, extrapolated to an error of beta^4. For an ``mse`` readout also
@@ -114,6 +118,20 @@ class RelaxConfig:
     def clamps(self) -> bool:
         """The nudged phase clamps the output units instead of nudging them."""
         return self.estimator in ("contrastive", "coupled")
+
+    def clamped_nodes(self, network: Network) -> frozenset[int]:
+        """Nodes that the nudged phase holds: the output units, where it clamps."""
+        return frozenset({network.readout.node}) if self.clamps else frozenset()
+
+    def keeps_drive(self, conn: Connection, *, refreshed: bool = True) -> bool:
+        """The drive that the free phase leaves of this connection is that of the final states: the clamped input's;
+        after bottom-up sweeps any; one that was ``refreshed`` for its winners (``free_phase(keep=True)``)."""
+        return self.schedule == "sweep" or conn.src == 0 or (refreshed and conn.pool == "max")
+
+    @property
+    def phases(self) -> int:
+        """Nudged phases in one batch: 2 where both signs of beta are relaxed together."""
+        return 2 if self.estimator in ("symmetric", "five_phase") else 1
 
     @property
     def nudge_form(self) -> Form:

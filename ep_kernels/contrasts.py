@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .network import Network
+from .network import Head, Network
 from .parameters import Parameters
 from .precision import Operands
 from .relaxation import Contrast
@@ -118,7 +118,13 @@ def contrast_gradients(
 
 def contrasted_states(equilibrium: Equilibrium, nudged: Nudged, node: int) -> Tensor:
     """States of a node in the two phases that are contrasted, [2B, ...]; of the tangent, where both are the free
-    equilibrium, [B, ...]."""
+    equilibrium, [B, ...].
+
+    Raises:
+        ValueError: ``node`` is not one of the dynamics (the clamped input, 0, has one state in all phases).
+    """
+    if not 1 <= node < len(nudged.deltas):
+        raise ValueError(f"contrasted_states: argument 'node': expected 1 to {len(nudged.deltas) - 1}, got {node}")
     free = equilibrium.states[node]
     delta = nudged.deltas[node]
     assert delta is not None
@@ -152,43 +158,60 @@ def _head_gradients(
         tiles = 1 if nudged.centre == 0.0 else 2
         z = reference.head_output(head, state, weight, parameters.head_biases[h])
         error = reference.head_error(head, z, tile(targets[h], tiles)) / max(state.shape[0], 1)
-        feature = reference.head_feature(head, state)
-        if head.pointwise:
-            error = error.movedim(1, -1).flatten(0, -2)
-            feature = feature.movedim(1, -1)
-            map_gradient = (error.t() @ feature.flatten(0, -2)).view_as(weight)
-        else:
-            map_gradient = error.t() @ feature.flatten(1)
-        weights.append(map_gradient)
-        biases.append(error.sum(0))
-        if head.tied is not None:
-            for group in (weights, biases):
+        weights.append(map_gradient(head, error, reference.head_feature(head, state)).view_as(weight))
+        biases.append(error.movedim(1, -1).flatten(0, -2).sum(0))
+    add_tied(network, weights, biases)
+    return weights, biases
+
+
+def map_gradient(head: Head, error: Tensor, feature: Tensor) -> Tensor:
+    """Gradient of a head's map, [outputs, features], from dL/dz and what the map reads: sums over batch and pixels."""
+    if head.pointwise:
+        return error.movedim(1, -1).flatten(0, -2).t() @ feature.movedim(1, -1).flatten(0, -2)
+    return error.t() @ feature.flatten(1)
+
+
+def add_tied(network: Network, *groups: list[Tensor | None]) -> None:
+    """Move the gradients of tied heads, per head in each group, to the heads that they are tied to."""
+    for h, head in enumerate(network.heads):
+        for group in groups:
+            if head.tied is not None:
                 own, other = group[head.tied], group[h]
                 assert own is not None
                 assert other is not None
                 group[head.tied], group[h] = own + other, None
-    return weights, biases
 
 
 def _split(job: Contrast) -> list[Contrast]:
-    """The two products of a contrast, for the weight (what the nudge changes at the destination, times the source) and
-    for the feedback weight (the destination, times what it changes at the source)."""
+    """The two products of a contrast, one job each: for the weight (what the nudge changes at the destination, times
+    the source), and for the feedback weight (the destination, times what it changes at the source).
+
+    The second has the destination's mean in place of a difference. Its factors are those of the source: gain and scale
+    multiply here, in double, and what is rounded to ``operands`` is the difference in the deltas' units, as ever.
+    """
     assert job.source_delta is not None
-    source, delta = job.source.to(job.weight.dtype), job.source_delta.to(job.weight.dtype)
-    both = delta if delta.shape[0] == source.shape[0] else delta[: source.shape[0]] + delta[source.shape[0] :]
-    forward = replace(job, source=source + job.centre * job.source_gain * both, source_delta=None)
-    target = job.target.to(job.weight.dtype)
-    moved = job.target_delta.to(job.weight.dtype)
-    both = moved if moved.shape[0] == target.shape[0] else moved[: target.shape[0]] + moved[target.shape[0] :]
-    target = target + job.centre * job.target_gain * both
-    return [forward, replace(job, target=target, target_delta=torch.zeros_like(job.target_delta))]
+    moved, source = _ends(job.source, job.source_delta, job.weight.dtype, job.centre * job.source_gain)
+    _, target = _ends(job.target, job.target_delta, job.weight.dtype, job.centre * job.target_gain)
+    up = replace(job, source=source, source_delta=None)
+    gain = job.scale * job.source_gain
+    return [up, replace(up, source=moved, target_delta=target, target_gain=1.0, scale=gain)]
+
+
+def _ends(free: Tensor, delta: Tensor, dtype: torch.dtype, centre: float) -> tuple[Tensor, Tensor]:
+    """Difference of the phases, in the delta's units, and their mean; ``centre`` includes the gain."""
+    free, delta = free.to(dtype), delta.to(dtype)
+    if delta.shape[0] == free.shape[0]:
+        return delta, free + centre * delta
+    plus, minus = delta[: free.shape[0]], delta[free.shape[0] :]
+    return plus - minus, free + centre * (plus + minus)
 
 
 def kolen_pollack(gradients: Parameters) -> Parameters:
     """One update for weights and feedback weights: both get the mean ``(g_W + g_B) / 2`` of their gradients.
 
     ``W - B`` then changes by weight decay alone, which shrinks it by one factor per step (Kolen & Pollack 1994,
-    "Backpropagation without weight transport"; in vector-field EP Laborieux et al. 2021).
+    "Backpropagation without weight transport"; in vector-field EP Laborieux et al. 2021). That holds for SGD and AdamW,
+    whose decay is of the weights themselves; Adam divides its decay, a part of the gradient, by the gradient's size.
 
     Args:
         gradients: of a network with ``feedback="separate"``; connections without feedback weights keep their own.

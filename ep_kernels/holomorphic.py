@@ -12,9 +12,11 @@ and only activation and nudge see the two together.
 from __future__ import annotations
 
 import cmath
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -22,11 +24,18 @@ from torch import Tensor
 
 from . import reference
 from .config import RelaxConfig
-from .contrasts import Equilibrium, tile
+from .contrasts import Equilibrium, add_tied, map_gradient, tile
 from .network import Head, Network
 from .parameters import Parameters
 from .plan import Step, compile_plan
 from .relaxation import Relaxation, Relaxed, _Run
+from .solver import _check_input, _check_targets, _steps_run, least_nudge
+
+log = logging.getLogger("ep_kernels")
+LEAST_EPS = (
+    4096  # rounding of states that a nudge must be worth in the lowest layer: cosine 0.975 at 1,700, 0.88 at 210
+)
+SETTLED = 0.1  # of the largest change by the nudge: what its last sweep may still move
 
 Activation = Literal["sigmoid", "tanh"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -62,32 +71,68 @@ def holomorphic_gradients(
             read. The free phase is not over-relaxed. ``beta``, ``estimator``, ``form`` and ``winners`` are what this
             estimator replaces.
         points: n >= 2; 2 is the symmetric estimator at beta = ``radius``.
-        radius: r > 0. It must be smaller than the distance to the nearest singularity of s(beta), where the relaxation
-            with complex nudges diverges; then NaNs come out.
+        radius: r > 0. It must be smaller than the distance to the nearest singularity of s(beta); beyond it the
+            gradients are finite and wrong, and where the relaxation with complex nudges does not converge, a warning
+            says so. The nudge moves the lowest layer by about ``r k^(levels - 1)``: a warning asks for float64 where
+            that is within 4096 times the rounding of the states (the slope of the sigmoid takes its part too).
         activation: ``sigmoid`` (logistic) or ``tanh``, in place of the clip to the box.
 
     Returns:
         The gradients, and the free equilibrium.
 
     Raises:
-        ValueError: an argument out of its range; separate feedback weights; a cosine head, whose loss is not
-            holomorphic; operands or storage of a lower precision.
+        ValueError: an argument out of its range, or of the wrong shape, dtype or device; separate feedback weights; a
+            cosine head, whose loss is not holomorphic; operands or storage of a lower precision.
     """
     config = config or RelaxConfig()
     _check(network, config, points, radius, activation)
+    _check_input("holomorphic_gradients", network, parameters, x)
+    _check_targets("holomorphic_gradients", network, targets, {}, [x])
+    if radius < least_nudge(network, x.dtype, LEAST_EPS):
+        _warn_rounding(network, x.dtype, radius)
     free = _relax(network, parameters, [x, *[None] * (len(network.shapes) - 1)], config, activation)
     real = [s[: len(x)] for s in free.states if s is not None]
     winners = {c: won[: len(x)] for c, won in free.winners.items()}
     circle = [cmath.rect(1.0, 2 * math.pi * j / points) for j in range(points)]
     start: list[Tensor | None] = [tile(s, points) for s in real]
     nudged = _relax(network, parameters, start, config, activation, circle, radius, targets, winners)
-    steps = int((free.residual[:, 0] != -1).sum()) if config.tol > 0 else config.free_steps
+    steps = _steps_run(free, config)
     residual = free.residual[:steps, : len(x)]
     converged = bool((residual[-1] <= config.tol).all()) if config.tol > 0 else None
     preactivations = [a if a is None else a[: len(x)] for a in free.preactivations]
     equilibrium = Equilibrium(real, preactivations, {}, winners, residual[-1], residual, steps, converged)
     states = [s for s in nudged.states if s is not None]
-    return _gradients(network, parameters, states, targets, winners, circle, radius), equilibrium
+    copies = [torch.cat([tile(s, points), torch.zeros_like(tile(s, points))]) for s in real]
+    moved = [s - before for s, before in zip(states, copies, strict=True)]
+    if len(x):
+        largest = max(float(_joined(d).abs().max()) for d in moved[1:])
+        if not float(nudged.residual[-1].max()) <= SETTLED * largest:
+            _warn_unsettled(network, config, points, radius, activation)
+    return _gradients(network, parameters, real, states, moved, targets, winners, circle, radius), equilibrium
+
+
+@lru_cache(maxsize=64)  # once for each setting
+def _warn_rounding(network: Network, dtype: torch.dtype, radius: float) -> None:
+    log.warning(
+        "holomorphic_gradients: radius %g with feedback gain %g and %d levels moves the lowest layer too little "
+        "for the rounding of %s, and lower layers get noise for gradients. Use float64, or a larger feedback gain",
+        radius,
+        network.feedback_gain,
+        network.top,
+        dtype,
+    )
+
+
+@lru_cache(maxsize=64)  # once for each setting
+def _warn_unsettled(network: Network, config: RelaxConfig, points: int, radius: float, activation: str) -> None:
+    log.warning(
+        "holomorphic_gradients: the phases with %d nudges of radius %g had not converged: the last of %d sweeps moved "
+        "states by more than a tenth of what the nudge does. Gradients may be wrong: raise nudged_steps, or lower the "
+        "radius (beyond the nearest singularity of s(beta) no number of sweeps is enough)",
+        points,
+        radius,
+        config.nudged_steps,
+    )
 
 
 def _relax(
@@ -199,13 +244,20 @@ class _ComplexRun(_Run):
 def _gradients(
     network: Network,
     parameters: Parameters,
+    free: Sequence[Tensor],
     states: Sequence[Tensor],
+    moved: Sequence[Tensor],
     targets: Sequence[Tensor],
     winners: dict[int, Tensor],
     circle: Sequence[complex],
     radius: float,
 ) -> Parameters:
-    """``Re[1/(n r) sum_j exp(-i t_j) dF/dW]``, batch mean; ``states`` are real parts, then imaginary ones."""
+    """``Re[1/(n r) sum_j exp(-i t_j) dF/dW]``, batch mean; ``states`` are real parts, then imaginary ones.
+
+    The sum over the circle of what does not depend on the nudge is zero. It is left out, as rounding would leave noise
+    of it: ``sum_j e_j <s^dst, s^src> = sum_j e_j <d^dst, s^src> + <s_free^dst, sum_j e_j d^src>``, with ``e_j = exp(-i
+    t_j)`` and ``d`` (``moved``) the change of the states by the nudge.
+    """
     n, batch = len(circle), states[0].shape[0] // 2 // len(circle)
     dtype = torch.promote_types(states[0].dtype, torch.complex64)
     back = torch.tensor(circle, dtype=dtype, device=states[0].device).conj().repeat_interleave(batch)
@@ -213,21 +265,32 @@ def _gradients(
     biases: list[Tensor | None] = [None] * len(network.shapes)
     for c, conn in enumerate(network.connections):
         scale = -1 / (network.nudge_coefficient(conn.dst) * radius * n * max(batch, 1))
-        turned = _joined(states[conn.dst])
+        turned = _joined(moved[conn.dst])
         above = _parts(turned * _over(back, turned)) * scale
         above = torch.cat([above[: n * batch], -above[n * batch :]])  # Re(a b) = Re a Re b - Im a Im b
+        shape, won = parameters.weights[c].shape, winners[c] if conn.pool == "max" else None
         # one phase whose delta is all of `above`: the difference of the products is `above` times the source
         weight, _ = reference.contrast(
             states[conn.src],
             None,
             torch.zeros_like(above),
             above,
-            parameters.weights[c].shape,
+            shape,
             conn.stride,
             conn.padding,
             conn.pool,
-            tile(winners[c], 2 * n) if c in winners and conn.pool == "max" else None,
+            None if won is None else tile(won, 2 * n),
         )
+        if conn.src:
+            below = _joined(moved[conn.src])
+            below = (below * _over(back, below)).real.unflatten(0, (n, batch)).sum(0) * scale
+            above_free = free[conn.dst]
+            weight = (
+                weight
+                + reference.contrast(
+                    below, None, above_free, above_free, shape, conn.stride, conn.padding, conn.pool, won
+                )[0]
+            )
         weights.append(weight)
         real = above[: n * batch]
         biases[conn.dst] = real.sum((0, 2, 3)) if real.dim() == 4 else real.sum(0)
@@ -237,14 +300,9 @@ def _gradients(
         weight_gradient, bias_gradient = _head_gradient(
             head, states[head.node], parameters.head_weights[h], parameters.head_biases[h], tile(targets[h], n)
         )
-        if head.tied is not None and weight_gradient is not None and bias_gradient is not None:
-            for group, more in ((head_weights, weight_gradient), (head_biases, bias_gradient)):
-                own = group[head.tied]
-                assert own is not None
-                group[head.tied] = own + more
-            weight_gradient = bias_gradient = None
         head_weights.append(weight_gradient)
         head_biases.append(bias_gradient)
+    add_tied(network, head_weights, head_biases)
     return Parameters(weights, biases, head_weights, head_biases)
 
 
@@ -256,10 +314,7 @@ def _head_gradient(
         return None, None
     error = _error(head, _output(head, state, weight, bias), target) / max(state.shape[0] // 2, 1)
     parts = torch.cat([error.real, -error.imag])
-    feature = reference.head_feature(head, state)
-    if head.pointwise:
-        parts, feature = (t.movedim(1, -1).flatten(0, -2) for t in (parts, feature))
-    found = (parts.t() @ feature.flatten(1)).view_as(weight)
+    found = map_gradient(head, parts, reference.head_feature(head, state)).view_as(weight)
     return found, error.real.movedim(1, -1).flatten(0, -2).sum(0)
 
 
@@ -272,7 +327,7 @@ def _output(head: Head, state: Tensor, weight: Tensor | None, bias: Tensor | Non
 def _error(head: Head, z: Tensor, target: Tensor) -> Tensor:
     """dL/dz, extended to complex outputs (:func:`ep_kernels.reference.head_error`)."""
     if head.loss == "mse":
-        return head.weight * (z - target)
+        return reference.head_error(head, z, target)
     raised = z / head.temperature
     raised = (raised - raised.real.amax(1, keepdim=True)).exp()  # the shift cancels
     return head.weight * head.temperature * (raised / raised.sum(1, keepdim=True) - target)

@@ -107,6 +107,8 @@ class Head:
         _require(math.isfinite(self.weight), "Head", "weight", "a finite number", repr(self.weight))
         ok = math.isfinite(self.temperature) and self.temperature > 0
         _require(ok, "Head", "temperature", "a finite number > 0", repr(self.temperature))
+        ok = self.tied is None or (isinstance(self.tied, int) and self.tied >= 0)
+        _require(ok, "Head", "tied", "None or the index of a head", repr(self.tied))
         _require(
             not (self.pointwise and self.outputs is None), "Head", "outputs", "a number of channels (pointwise)", "None"
         )
@@ -168,7 +170,9 @@ class Network:
             "local_heads",
             "linear_nodes",
         ):  # lists are taken too; a Network must be hashable
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            _require(isinstance(value, (tuple, list)), "Network", name, "a tuple", repr(value))
+            object.__setattr__(self, name, tuple(value))
         object.__setattr__(self, "shapes", tuple(tuple(shape) for shape in self.shapes))
         _require(len(self.shapes) >= 2, "Network", "shapes", "the input and at least one node", repr(self.shapes))
         for i, shape in enumerate(self.shapes):

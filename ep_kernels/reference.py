@@ -48,8 +48,13 @@ def convolve_adjoint(above: Tensor, weight: Tensor, shape: Sequence[int], stride
         flat: Tensor = above @ weight
         return flat.view(above.shape[0], *shape)
     if _samples(weight.shape, stride, padding):
-        full = above.new_zeros(above.shape[0], *shape)
-        full[..., :: stride[0], :: stride[1]] = F.conv_transpose2d(above, weight)
+        product = F.conv_transpose2d(above, weight)  # in the dtype and the memory format that autocast and it choose
+        last = product.is_contiguous(memory_format=torch.channels_last) and not product.is_contiguous()
+        layout = torch.channels_last if last else torch.contiguous_format
+        full = torch.zeros((above.shape[0], *shape), dtype=product.dtype, device=product.device).contiguous(
+            memory_format=layout
+        )
+        full[..., :: stride[0], :: stride[1]] = product
         return full
     # what the floor of the forward map leaves over: 0 to stride - 1 rows, as output_padding takes
     extra = [

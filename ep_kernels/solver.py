@@ -20,7 +20,10 @@ from .plan import Form, Plan, Step, compile_plan
 from .relaxation import Relaxation, Relaxed
 
 log = logging.getLogger("ep_kernels")
-LEAST_BETA = 0.01  # of the states form, but in float64
+# The states form subtracts states that differ by about beta k^(levels - 1) in the lowest layer. How many eps of their
+# dtype that has to be, with phases of both signs (cosine of that layer 0.89 at 8 eps, 0.999 at 84) and with one phase,
+# compared with a free state that was relaxed otherwise (0.26 at 84 eps, 0.986 at 1,700).
+LEAST_EPS = {2: 32, 1: 512}
 
 
 @torch.no_grad()
@@ -46,7 +49,7 @@ def free_phase(
         ValueError: an argument of the wrong shape, dtype or device.
     """
     config = config or RelaxConfig()
-    _check_input(network, parameters, x)
+    _check_input("free_phase", network, parameters, x)
     warm = states is not None
     if states is not None:
         _check_states(network, states, x)
@@ -116,12 +119,11 @@ def nudged_phase(
     if not equilibrium.preactivations:
         raise ValueError("nudged_phase: argument 'equilibrium': expected one found with keep=True, got one without")
     x = equilibrium.states[0]
-    _check_targets(network, targets, extra, equilibrium.states)
-    _check_estimator(network, config, extra)
+    _check_targets("nudged_phase", network, targets, extra, equilibrium.states)
+    _check_estimator("nudged_phase", network, config, extra)
     free = [x, *_stored(equilibrium.states[1:], x, config)]
     form = config.nudge_form
-    clamped = frozenset({network.readout.node}) if config.clamps else frozenset()
-    phases = 2 if config.estimator in ("symmetric", "five_phase") else 1
+    clamped, phases = config.clamped_nodes(network), config.phases
     beta = _signed_beta(config)
     scales = delta_scales(network, beta) if form != "states" else [1.0] * len(network.shapes)
     plan = compile_plan(
@@ -138,9 +140,12 @@ def nudged_phase(
         steps=config.nudged_steps,
     )
     if form != "states":
-        _warn_unreached(network, plan, config)
-    elif x.dtype != torch.float64 and abs(beta) < LEAST_BETA:
-        _warn_small_beta(abs(beta), x.dtype)
+        _warn_unreached(network, plan, config.schedule, config.nudged_steps, clamped)
+    else:
+        dtype = config.storage or x.dtype
+        least = least_nudge(network, dtype, LEAST_EPS[phases])
+        if abs(beta) < least:
+            _warn_small_beta(network.feedback_gain, network.top, config.estimator, dtype, least)
     batch = phases * x.shape[0]
     count = len(network.connections)
     top = network.readout.node
@@ -206,6 +211,7 @@ def ep_gradients(
 ) -> tuple[Parameters, Equilibrium]:
     """One EP step: free phase, nudged phases, contrast. Returns the gradients and the free equilibrium."""
     config = config or RelaxConfig()
+    _check_estimator("ep_gradients", network, config, extra or {})
     equilibrium = free_phase(network, parameters, x, config, states=states, keep=True, backend=backend)
     gradients, _ = nudged_gradients(network, parameters, equilibrium, targets, config, extra=extra, backend=backend)
     return gradients, equilibrium
@@ -276,42 +282,44 @@ def delta_scales(network: Network, beta: float) -> list[float]:
     return scales
 
 
-@lru_cache(maxsize=64)
-def _warn_small_beta(beta: float, dtype: torch.dtype) -> None:
-    """Say so, once, when the states form subtracts states that hardly differ."""
+def least_nudge(network: Network, dtype: torch.dtype, eps: float) -> float:
+    """Strength of a nudge that moves the lowest layer by ``eps`` times the rounding of states in ``dtype``."""
+    return eps * torch.finfo(dtype).eps / network.feedback_gain ** (network.top - 1)
+
+
+@lru_cache(maxsize=64)  # once for each setting, whatever beta is: five phases have two
+def _warn_small_beta(gain: float, levels: int, estimator: str, dtype: torch.dtype, least: float) -> None:
+    """Say so when the states form subtracts states that hardly differ."""
     log.warning(
-        "nudged_phase: beta %g with form 'states' in %s: the phases differ by little more than rounding, and lower "
-        "layers get noise for gradients. Use form='delta', or beta of %g and more",
-        beta,
+        "nudged_phase: form 'states' in %s, with feedback gain %g, %d levels and estimator '%s': beta is so small that "
+        "the phases differ by little more than rounding, and lower layers get noise for gradients. Use form='delta'%s",
         dtype,
-        LEAST_BETA,
+        gain,
+        levels,
+        estimator,
+        f", or beta of {least:.1g} and more" if least <= 1 else "",
     )
 
 
 @lru_cache(maxsize=64)  # once for each network and setting
-def _warn_unreached(network: Network, plan: Plan, config: RelaxConfig) -> None:
+def _warn_unreached(network: Network, plan: Plan, schedule: str, nudged_steps: int, clamped: frozenset[int]) -> None:
     """Say so when the nudge has not reached every node after K sweeps: those get zero gradients."""
-    launches = [launch for t in range(config.nudged_steps) for launch in plan.sweep(t)]
+    launches = [launch for t in range(nudged_steps) for launch in plan.sweep(t)]
     stepped = {launch.node for launch in launches if isinstance(launch, Step)}
-    clamped = {network.readout.node} if config.clamps else set()
     missing = sorted(set(range(1, len(network.shapes))) - stepped - clamped)
     if missing:
         log.warning(
             "nudged_phase: %d sweeps of schedule '%s' do not carry the nudge to nodes %s: their gradients are zero. "
             "Raise nudged_steps (sync needs one sweep for each layer, even_odd half as many), or use schedule 'sweep'",
-            config.nudged_steps,
-            config.schedule,
+            nudged_steps,
+            schedule,
             missing,
         )
 
 
 def _valid_drives(network: Network, config: RelaxConfig, drives: dict[int, Tensor], keep: bool) -> dict[int, Tensor]:
-    """Those that are of the final states: the clamped input's; refreshed ones; after bottom-up sweeps all."""
-    if config.schedule == "sweep":
-        return drives
-    pools = {"max"} if keep else set()
-    conns = network.connections
-    return {c: t for c, t in drives.items() if conns[c].src == 0 or conns[c].pool in pools}
+    """Those that are of the final states."""
+    return {c: t for c, t in drives.items() if config.keeps_drive(network.connections[c], refreshed=keep)}
 
 
 def _signed_beta(config: RelaxConfig) -> float:
@@ -337,19 +345,25 @@ def _steps_run(relaxed: Relaxed, config: RelaxConfig) -> int:
     return int((relaxed.residual[:, 0] != -1).sum())  # -1 marks the sweeps that an early stop left out
 
 
-def _check_input(network: Network, parameters: Parameters, x: Tensor) -> None:
+def _check_input(fn: str, network: Network, parameters: Parameters, x: Tensor) -> None:
     if tuple(x.shape[1:]) != network.shapes[0] or x.dim() < 2:
-        raise ValueError(
-            f"free_phase: argument 'x': expected shape [B, {_list(network.shapes[0])}], got {list(x.shape)}"
-        )
+        raise ValueError(f"{fn}: argument 'x': expected shape [B, {_list(network.shapes[0])}], got {list(x.shape)}")
     if not x.dtype.is_floating_point:
-        raise ValueError(f"free_phase: argument 'x': expected a floating-point dtype, got {x.dtype}")
+        raise ValueError(f"{fn}: argument 'x': expected a floating-point dtype, got {x.dtype}")
+    for group in ("head_weights", "head_biases"):
+        own = getattr(parameters, group)
+        for h, head in enumerate(network.heads):
+            if head.tied is not None and (len(own) <= h or own[h] is not own[head.tied]):
+                raise ValueError(
+                    f"{fn}: argument 'parameters': expected {group}[{h}] to be the very tensor {group}[{head.tied}], "
+                    f"as head {h} is tied to head {head.tied}; got another or none (Parameters.from_named shares them)"
+                )
     named, shapes = parameters.named(), Parameters.shapes(network)
     if named.keys() != shapes.keys():
         odd = ", ".join(sorted(named.keys() ^ shapes.keys()))
-        raise ValueError(f"free_phase: argument 'parameters': expected those of the network, got a difference in {odd}")
+        raise ValueError(f"{fn}: argument 'parameters': expected those of the network, got a difference in {odd}")
     for name, tensor in named.items():
-        _check_tensor("free_phase", f"parameters: {name}", tensor, shapes[name], x)
+        _check_tensor(fn, f"parameters: {name}", tensor, shapes[name], x)
 
 
 def _check_states(network: Network, states: Sequence[Tensor | None], x: Tensor) -> None:
@@ -376,37 +390,41 @@ def _check_tensor(
 
 
 def _check_targets(
-    network: Network, targets: Sequence[Tensor], extra: Mapping[int, Tensor], states: Sequence[Tensor]
+    fn: str, network: Network, targets: Sequence[Tensor], extra: Mapping[int, Tensor], states: Sequence[Tensor]
 ) -> None:
     if len(targets) != len(network.heads):
-        raise ValueError(
-            f"nudged_phase: argument 'targets': expected {len(network.heads)} (one per head), got {len(targets)}"
-        )
+        raise ValueError(f"{fn}: argument 'targets': expected {len(network.heads)} (one per head), got {len(targets)}")
     x = states[0]
     for h, (head, target) in enumerate(zip(network.heads, targets, strict=True)):
         shape = (x.shape[0], *head.output_shape(network.shapes[head.node]))
-        _check_tensor("nudged_phase", f"targets[{h}]", target, shape, x)
+        _check_tensor(fn, f"targets[{h}]", target, shape, x)
     for node, tensor in extra.items():
         if not 1 <= node < len(states):
-            raise ValueError(f"nudged_phase: argument 'extra': expected nodes 1 to {len(states) - 1}, got {node}")
-        _check_tensor("nudged_phase", f"extra[{node}]", tensor, tuple(states[node].shape), x)
+            raise ValueError(f"{fn}: argument 'extra': expected nodes 1 to {len(states) - 1}, got {node}")
+        _check_tensor(fn, f"extra[{node}]", tensor, tuple(states[node].shape), x)
 
 
-def _check_estimator(network: Network, config: RelaxConfig, extra: Mapping[int, Tensor]) -> None:
+def _check_estimator(fn: str, network: Network, config: RelaxConfig, extra: Mapping[int, Tensor]) -> None:
     readout = network.readout
     if config.clamps and (readout.loss, readout.outputs) != ("mse", None):
         raise ValueError(
-            f"nudged_phase: argument 'config': expected an mse readout (output units inside the dynamics) with "
+            f"{fn}: argument 'config': expected an mse readout (output units inside the dynamics) with "
             f"estimator '{config.estimator}', got a {readout.loss} readout"
+        )
+    if config.clamps and (readout.pool is not None or readout.weight != 1):
+        raise ValueError(
+            f"{fn}: argument 'config': expected a readout without pool and of weight 1 with estimator "
+            f"'{config.estimator}', which clamps the output units themselves, got pool={readout.pool} and "
+            f"weight={readout.weight:g}"
         )
     if config.clamps and (readout.node in extra or any(head.node == readout.node for head in network.local_heads)):
         raise ValueError(
-            f"nudged_phase: argument 'config': expected no other loss on the output units (node {readout.node}), which "
+            f"{fn}: argument 'config': expected no other loss on the output units (node {readout.node}), which "
             f"estimator '{config.estimator}' clamps, got a local head or an extra nudge there"
         )
     if network.feedback == "separate" and config.winners == "live":
         raise ValueError(
-            "nudged_phase: argument 'config': expected frozen winners with separate feedback weights, got live ones"
+            f"{fn}: argument 'config': expected frozen winners with separate feedback weights, got live ones"
         )
 
 

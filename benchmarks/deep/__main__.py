@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.deep.measure import RESULT, run
-from benchmarks.deep.report import report
+from benchmarks.deep.measure import run
+from benchmarks.deep.report import key, load, report, settings
 from benchmarks.deep.tables import SEEDS, TABLES, Run
 
 
@@ -27,8 +27,11 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("table", choices=TABLES)
     one.add_argument("name")
     reporting = commands.add_parser("report", help="tables and plots from the runs that are there")
-    reporting.add_argument("--json", type=Path, help="also keep the results in this file")
     reporting.add_argument("--plots", type=Path, help="draw into this folder")
+    for command in (running, reporting):
+        command.add_argument(
+            "--json", type=Path, help="file of results: those in it are not run again, report adds to it"
+        )
     for command in (running, one, reporting):
         command.add_argument("--work", type=Path, default=Path("runs/deep"), help="folder of the runs")
         command.add_argument("--teacher", default="", help="teacher of the distilled runs, as ep-train takes it")
@@ -51,7 +54,8 @@ def run_all(args: argparse.Namespace) -> int:
     wanted = [r for name in args.tables for r in TABLES[name].runs(args.teacher)]
     wanted = [r for r in wanted if r.seed in args.seeds and args.only in r.row]
     wanted.sort(key=lambda r: r.seed)
-    missing = [r for r in wanted if not (args.work / r.name / RESULT).exists()]
+    done = {key(result) for result in load(args.work, args.json)}
+    missing = [r for r in wanted if (r.table, r.row, r.column, r.seed, settings(r.values)) not in done]
     print(f"{len(wanted)} runs, {len(missing)} of them missing", flush=True)
 
     def make(chosen: Run) -> bool:

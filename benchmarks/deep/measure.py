@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def run(chosen: Run, folder: Path) -> None:
         seed=config.seed,
         overwrite=True,
     )
+    made.write_config(asdict(config))
     summary = trainer.run(made)
     result = {
         "table": chosen.table,

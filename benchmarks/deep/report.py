@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,19 +15,19 @@ Result = dict[str, Any]
 Pick = Callable[[Result], float]
 
 
-def load(work: Path) -> list[Result]:
-    """Every finished run under ``work``."""
-    return [json.loads(path.read_text()) for path in sorted(work.glob(f"*/{RESULT}"))]
+def load(work: Path, kept: Path | None) -> list[Result]:
+    """Every finished run: under ``work``, and in ``kept``, runs of another machine or day."""
+    results = [json.loads(path.read_text()) for path in sorted(work.glob(f"*/{RESULT}"))]
+    if kept is not None and kept.exists():
+        known = {key(r) for r in results}
+        results += [r for r in json.loads(kept.read_text()) if key(r) not in known]
+    return sorted(results, key=lambda r: [str(part) for part in key(r)])
 
 
 def report(work: Path, kept: Path | None, plots: Path | None) -> str:
     """Markdown of every table that has results; results into ``kept``, plots into ``plots``."""
-    results = load(work)
+    results = load(work, kept)
     if kept is not None:
-        if kept.exists():  # runs of another machine or day, which are not under `work`
-            known = {key(r) for r in results}
-            results += [r for r in json.loads(kept.read_text()) if key(r) not in known]
-        results.sort(key=lambda r: [str(part) for part in key(r)])
         kept.write_text("[\n" + ",\n".join(json.dumps(r, sort_keys=True) for r in results) + "\n]\n")
     parts = []
     for name, table in TABLES.items():
@@ -41,8 +41,14 @@ def report(work: Path, kept: Path | None, plots: Path | None) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def key(r: Result) -> tuple[str, str, str, int]:
-    return r["table"], r["row"], r["column"], r["seed"]
+def key(r: Result) -> tuple[str, str, str, int, str]:
+    """What makes two runs the same one: the place of the teacher and of the data aside, all of the configuration."""
+    return r["table"], r["row"], r["column"], r["seed"], settings(r["values"])
+
+
+def settings(values: Mapping[str, Any]) -> str:
+    """A configuration as text, without what differs between machines."""
+    return json.dumps({k: v for k, v in values.items() if k not in ("teacher", "dataset")}, sort_keys=True)
 
 
 def _last(name: str) -> Pick:

@@ -47,7 +47,7 @@ def distilled(teacher: str, *, local: bool = False) -> Values:
     """Output and intermediate distillation from a teacher."""
     values: dict[str, Any] = {
         "teacher": teacher,
-        "distill_logits": 1.0,
+        "distill_logits": 0.1,
         "distill_features": ("auto",),
         "distill_feature_weight": (1.0,),
     }

@@ -22,9 +22,8 @@ def training_problems(network: Network, config: RelaxConfig, batch: int) -> list
     """Problems of the free phase, the nudged phase and the contrast of ``batch`` samples, each once, in that order."""
     size = config.operands.itemsize if isinstance(config.operands, torch.dtype) else 4
     products = "tf32" if config.operands == "tf32" else "ieee"
-    phases = 2 if config.estimator in ("symmetric", "five_phase") else 1
     found: dict[Problem, None] = {}
-    for lowered, n in ((_free(network, config), batch), (_nudged(network, config), phases * batch)):
+    for lowered, n in ((_free(network, config), batch), (_nudged(network, config), config.phases * batch)):
         for launches in (lowered.prologue, *lowered.sweeps, lowered.refresh):
             for launch in launches:
                 found |= dict.fromkeys(_of_launch(network, launch, n, size))
@@ -41,7 +40,7 @@ def _free(network: Network, config: RelaxConfig) -> Lowered:
 def _nudged(network: Network, config: RelaxConfig) -> Lowered:
     form: Form = config.nudge_form
     warm, frozen = form == "states", config.winners == "frozen"
-    clamped = frozenset({network.readout.node}) if config.clamps else frozenset()
+    clamped = config.clamped_nodes(network)
     plan = compile_plan(
         network,
         config.schedule,
@@ -59,11 +58,9 @@ def _nudged(network: Network, config: RelaxConfig) -> Lowered:
 
 
 def _kept(network: Network, config: RelaxConfig) -> frozenset[int]:
-    """Connections whose drives the free phase leaves valid (ep_kernels/solver.py, ``_valid_drives``)."""
+    """Connections whose drives the free phase leaves valid."""
     driven = _free(network, config).driven
-    conns = network.connections
-    valid = {c for c in driven if config.schedule == "sweep" or conns[c].src == 0 or conns[c].pool == "max"}
-    return frozenset(valid)
+    return frozenset(c for c in driven if config.keeps_drive(network.connections[c]))
 
 
 def _of_launch(network: Network, launch: Launch, n: int, size: int) -> Iterator[Problem]:

@@ -1,8 +1,8 @@
 """The state of a run on disk: written atomically after every epoch, loaded with ``weights_only``.
 
 It holds no state of a random generator, because none is left between two batches: initial weights, the order of the
-images, their crops and flips, and random signs are drawn on the host from the seed and the epoch. Nothing draws on a
-GPU.
+images and their augmentation are drawn on the host from the seed and the epoch, random signs and dropout from the seed,
+the epoch and the batch. Nothing draws on a GPU.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from .checkpoint import CheckpointError
 from .config import TrainConfig
 from .data import DataError
 from .device import check_name
-from .presets import PRESETS
+from .presets import PRESETS, preset
 from .recipes import RECIPES, write_recipe
 from .run_folder import RunFolderError
 from .trainer import Diverged, config_from_json, resume, train
@@ -25,13 +25,19 @@ from .trainer import Diverged, config_from_json, resume, train
 COMMANDS = ("train", "teacher", "check", "resume", "recipe")
 DESCRIPTION = """Train a convolutional network by Equilibrium Propagation.
 
-Before all other options, `--preset NAME` starts from a published recipe (`--preset list` shows them) and `--config
-FILE` from a config.json; other options change what they say.
+`--preset NAME` starts from a published recipe (`--preset list` shows them), `--config FILE` from a config.json or the
+folder of a run; other options change what they say.
 
 Other commands: `ep-train teacher` trains a teacher by backprop; `ep-train check` compares EP gradients with BPTT layer
 by layer; `ep-train resume DIR` continues a run that was stopped or killed; `ep-train recipe NAME` writes the
 configuration of a run on a GPU. A run folder holds config.json, metrics.jsonl, summary.json, curves.png, checkpoint.pt.
 Ctrl-C ends a run after the current batch and keeps what was learnt (exit code 130)."""
+
+
+TEACHER_DESCRIPTION = """Train a teacher by ordinary backprop, on the data of its student: vgg11_bn, vgg13_bn, vgg16_bn
+or resnet18. Its folder is what `ep-train --teacher` takes.
+
+Options of relaxations have no meaning here; those of heads and distillation are refused."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class RecipeConfig:
     """The file (default: NAME.json here)."""
 
 
-# What `ep-train teacher` trains unless told otherwise.
+# What `ep-train teacher` trains unless told otherwise: no crops, which suit some image sizes only.
 TEACHER = TrainConfig(
     dataset="cifar10",
     model="vgg16_bn",
@@ -76,29 +82,40 @@ TEACHER = TrainConfig(
     lr_schedule="cosine",
     batch_size=128,
     epochs=30,
-    crop_padding=4,
-    flip=True,
 )
 
 
 def started_from(arguments: list[str], start: TrainConfig) -> TrainConfig:
-    """Take leading ``--preset NAME`` and ``--config FILE`` off the arguments; the configuration that they give.
+    """Take ``--preset NAME`` and ``--config FILE`` off the arguments; the configuration that they give.
 
     Raises:
-        ValueError: an unknown preset, with the valid names. CheckpointError: an unreadable file.
+        ValueError: an unknown preset, with the valid names, or an option without its value.
+        CheckpointError: an unreadable file.
     """
-    while arguments and arguments[0].split("=")[0] in ("--preset", "--config"):
-        option, _, value = arguments.pop(0).partition("=")
-        if not value and arguments:
-            value = arguments.pop(0)
-        if option == "--config":
-            start = config_from_json(Path(value))
-        elif value in PRESETS:
-            start = replace(start, **PRESETS[value].values)  # type: ignore[arg-type]
+    for option in ("--preset", "--config"):
+        at = next((i for i, part in enumerate(arguments) if part.split("=")[0] == option), None)
+        if at is None:
+            continue
+        _, equals, value = arguments.pop(at).partition("=")
+        if not equals:
+            if at == len(arguments):
+                raise ValueError(f"argument '{option}': expected a value, got none")
+            value = arguments.pop(at)
+        if option == "--preset":
+            start = replace(start, **preset(value).values)  # type: ignore[arg-type]
         else:
-            known = "".join(f"\n  {name:32s} {preset.what}" for name, preset in PRESETS.items())
-            raise ValueError(f"argument '--preset': expected one of{known}\ngot {value!r}")
+            path = Path(value)
+            start = config_from_json(path / "config.json" if path.is_dir() else path, complete=False)
     return start
+
+
+def list_presets() -> str:
+    """What ``--preset list`` prints."""
+    lines = []
+    for name, found in PRESETS.items():
+        lines.append(f"{name}: {found.what}")
+        lines += [f"    {found.source}", *(f"    here: {text}" for text in found.differs)]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,15 +135,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             summary, _ = resume(chosen.folder, epochs=chosen.epochs, device=chosen.device, quiet=chosen.quiet)
         elif command == "recipe":
             asked = tyro.cli(RecipeConfig, prog="ep-train recipe", args=arguments)
-            print(write_recipe(asked.name, asked.out or Path(f"{asked.name}.json")).summary())
+            path = asked.out or Path(f"{asked.name}.json")
+            if path.exists():
+                raise ValueError(f"argument '--out': {path} is there already; name another file")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            print(write_recipe(asked.name, path).summary())
+            print(f"run it with: ep-train --config {path}")
             return 0
         else:
-            start = TEACHER if command == "teacher" else TrainConfig()
-            start = started_from(arguments, start)
-            prog = "ep-train teacher" if command == "teacher" else "ep-train"
-            config = tyro.cli(TrainConfig, prog=prog, args=arguments, default=start, description=DESCRIPTION)
+            if command == "teacher":
+                prog, start, description = "ep-train teacher", TEACHER, TEACHER_DESCRIPTION
+            else:
+                if "--preset=list" in arguments or ["--preset", "list"] in [
+                    arguments[i : i + 2] for i in range(len(arguments))
+                ]:
+                    print(list_presets())
+                    return 0
+                prog, start, description = "ep-train", started_from(arguments, TrainConfig()), DESCRIPTION
+            config = tyro.cli(TrainConfig, prog=prog, args=arguments, default=start, description=description)
             summary, _ = train(config)
-    except (BackendError, CheckpointError, DataError, Diverged, FileExistsError, RunFolderError, ValueError) as error:
+    except (BackendError, CheckpointError, DataError, Diverged, OSError, RunFolderError, ValueError) as error:
         print(f"ep-train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # outside the training loop: nothing was learnt yet

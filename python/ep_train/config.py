@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -13,6 +13,7 @@ from ep_kernels import RelaxConfig
 from ep_kernels.precision import Operands
 
 from .device import check_name
+from .typed import check_types
 
 Method = Literal["ep", "bptt", "backprop"]
 Estimator = Literal[
@@ -99,7 +100,7 @@ class TrainConfig:
     weight_gain: float = 1.0
     """Initial weights have standard deviation weight_gain / sqrt(fan-in)."""
     layer_gain: tuple[float, ...] = ()
-    """weight_gain of every connection, bottom to top (default: the same for all)."""
+    """Factors of weight_gain per connection, bottom to top, then the readout if given (default: 1 for all)."""
     feedback: Feedback = "tied"
     """tied: feedback through the transposed weights; separate: through weights of its own (vector-field EP);
     kolen_pollack: its own, with the same updates."""
@@ -133,7 +134,10 @@ class TrainConfig:
     """omega in [1, 2): free sweeps after the first move every state this many times as far (not with sync).
     Default: by the feedback gain, 1.17 at 0.1."""
     warm_start: bool = False
-    """Start every image's free phase from its last equilibrium (kept in memory; not with augmentation)."""
+    """Start every image's free phase from its last equilibrium (kept in memory and in the checkpoint; not with
+    augmentation)."""
+    warm_storage: Literal["float32", "float16"] = "float32"
+    """Precision of the equilibria that a warm start keeps."""
     tol: float = 0.0
     """Stop a relaxation early when every residual is at most this (0: never; else a GPU is waited for every batch)."""
 
@@ -159,6 +163,9 @@ class TrainConfig:
     """Of the optimizer."""
     evaluate_every: int = 1
     """Epochs between two evaluations on the test images (the last epoch always has one)."""
+    evaluate_steps: int | None = None
+    """Sweeps of the free phase on test images (default: free_steps; 10 times as many with warm starts, which have gone
+    on from earlier sweeps)."""
     on_divergence: Literal["stop", "continue"] = "stop"
     """When a batch's loss or gradient is not finite or the loss runs away: stop, or leave that batch out and go on."""
 
@@ -182,6 +189,7 @@ class TrainConfig:
     """Print nothing."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         positive = ("epochs", "batch_size", "lr", "width", "weight_gain", "evaluate_every", "local_pool")
         for name in positive:
             value = getattr(self, name)
@@ -193,6 +201,18 @@ class TrainConfig:
                 raise ValueError(f"TrainConfig: argument '{name}': expected a finite number >= 0, got {value!r}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"TrainConfig: argument 'threads': expected an integer >= 1, got {self.threads}")
+        if self.lr_min > self.lr:
+            raise ValueError(f"TrainConfig: argument 'lr_min': expected at most --lr {self.lr}, got {self.lr_min}")
+        if self.evaluate_steps is not None and self.evaluate_steps < 1:
+            raise ValueError(f"TrainConfig: argument 'evaluate_steps': expected >= 1, got {self.evaluate_steps}")
+        if self.teacher_cache is not None and self.teacher is None:
+            raise ValueError("TrainConfig: argument 'teacher_cache': expected a --teacher, got none")
+        if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
+            raise ValueError("TrainConfig: argument 'nesterov': expected --optimizer sgd with a momentum > 0")
+        if self.estimator in ("contrastive", "coupled") and self.readout != "mse":
+            raise ValueError(f"TrainConfig: argument 'estimator': {self.estimator} needs --readout mse, got softmax")
+        if self.feedback != "tied" and self.winners == "live":
+            raise ValueError(f"TrainConfig: argument 'winners': expected frozen with feedback {self.feedback}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"TrainConfig: argument 'momentum': expected a number in [0, 1), got {self.momentum!r}")
         if self.linear_output and self.readout != "mse":
@@ -202,9 +222,9 @@ class TrainConfig:
                 "TrainConfig: argument 'warm_start': expected no augmentation (an image's last equilibrium is that of "
                 "another picture)"
             )
-        if self.method != "ep" and (self.feedback != "tied" or self.warm_start):
-            expected = f"expected --method ep, got {self.method}"
-            raise ValueError(f"TrainConfig: arguments 'feedback', 'warm_start': {expected}")
+        for name, given in (("feedback", self.feedback != "tied"), ("warm_start", self.warm_start)):
+            if self.method != "ep" and given:
+                raise ValueError(f"TrainConfig: argument '{name}': expected --method ep with it, got {self.method}")
         check_name(self.device, "TrainConfig")
         self.relax_config()  # raises on any of its arguments
 
@@ -212,6 +232,11 @@ class TrainConfig:
     def model_name(self) -> str:
         """The model, with the dataset's default filled in."""
         return self.model or ("digits" if self.dataset == "digits" else "vgg5")
+
+    def evaluation_config(self) -> RelaxConfig:
+        """The relaxation's settings for test images."""
+        steps = self.evaluate_steps or self.free_steps * (10 if self.warm_start else 1)
+        return replace(self.relax_config(), free_steps=steps)
 
     def relax_config(self, *, positive_sign: bool = True) -> RelaxConfig:
         """The relaxation's settings; ``positive_sign`` is this batch's draw of ``random_sign``."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ep_kernels import Head, Network, Parameters
+from ep_kernels import Network, Parameters
 
 
 @dataclass(frozen=True)
@@ -24,39 +24,29 @@ class Masks:
 
     Attributes:
         kept: per node, [C] (channels of a map) or [F], 1 or 0; None where nothing is left out.
-        rates: per node.
+        scaled: the same over 1 - rate: what the node's units send is multiplied by it.
     """
 
     network: Network
     kept: tuple[Tensor | None, ...]
-    rates: tuple[float, ...]
+    scaled: tuple[Tensor | None, ...]
 
     def apply(self, parameters: Parameters) -> Parameters:
-        """Parameters of the thinned network, which runs in place of the whole one."""
-        return self._times(parameters)
-
-    def gradients(self, gradients: Parameters) -> Parameters:
-        """Gradients by the whole network's parameters from those by the thinned network's: the chain rule."""
-        return self._times(gradients)  # each masked parameter is a product with a constant
-
-    def _times(self, parameters: Parameters) -> Parameters:
+        """Parameters of the thinned network, which runs in place of the whole one: each times its constants."""
         weights: list[Tensor] = []
         feedback_weights: list[Tensor | None] = []
         for c, conn in enumerate(self.network.connections):
-            factors = self._rows(conn.dst, parameters.weights[c]), self._columns(conn.src, parameters.weights[c])
-            weights.append(_product(parameters.weights[c], factors))
+            weights.append(self._sent(conn.src, self._received(conn.dst, parameters.weights[c])))
             own = parameters.feedback_weights[c] if parameters.feedback_weights else None
-            feedback_weights.append(None if own is None else _product(own, factors))
-        biases = [
-            None if bias is None else _product(bias, (self._rows(i, bias),)) for i, bias in enumerate(parameters.biases)
-        ]
+            feedback_weights.append(None if own is None else self._sent(conn.src, self._received(conn.dst, own)))
+        biases = [None if bias is None else self._received(i, bias) for i, bias in enumerate(parameters.biases)]
         head_weights: list[Tensor | None] = []
         for h, head in enumerate(self.network.heads):
             weight = parameters.head_weights[h]
             if weight is not None and head.tied is not None:  # of parameters the same tensor; of gradients None
                 head_weights.append(head_weights[head.tied])
             else:
-                head_weights.append(None if weight is None else self._head(head, weight))
+                head_weights.append(None if weight is None else self._sent(head.node, weight))
         return Parameters(
             weights,
             biases,
@@ -65,22 +55,29 @@ class Masks:
             feedback_weights if parameters.feedback_weights else (),
         )
 
-    def _head(self, head: Head, weight: Tensor) -> Tensor:
-        return _product(weight, (self._columns(head.node, weight),))
+    def gradients(self, gradients: Parameters) -> Parameters:
+        """Gradients by the whole network's parameters from those by the thinned network's.
 
-    def _rows(self, node: int, like: Tensor) -> Tensor | None:
-        kept = self.kept[node]
-        return None if kept is None else kept.to(like).view(-1, *[1] * (like.dim() - 1))
+        By the chain rule: a thinned parameter is the whole one's times constants, so its gradient is multiplied by the
+        same constants. The same function as :meth:`apply`, of other things.
+        """
+        return self.apply(gradients)
 
-    def _columns(self, node: int, like: Tensor) -> Tensor | None:
-        """Of a weight from ``node``: [1, C, 1, 1], or [1, features] with C channels of so many pixels each."""
+    def _received(self, node: int, tensor: Tensor) -> Tensor:
+        """A weight into ``node``, or its bias, by rows."""
         kept = self.kept[node]
-        if kept is None:
-            return None
-        scaled = kept.to(like) / (1 - self.rates[node])
-        if like.dim() == 2:
-            scaled = scaled.repeat_interleave(like.shape[1] // len(scaled))
-        return scaled.view(1, -1, *[1] * (like.dim() - 2))
+        return tensor if kept is None else tensor * kept.to(tensor).view(-1, *[1] * (tensor.dim() - 1))
+
+    def _sent(self, node: int, tensor: Tensor) -> Tensor:
+        """A weight from ``node`` by columns: [out, C, h, w], or [out, features] of C channels with as many pixels."""
+        scaled = self.scaled[node]
+        if scaled is None:
+            return tensor
+        scaled = scaled.to(tensor)
+        if tensor.dim() == 2:
+            by_channel = tensor.view(len(tensor), len(scaled), -1)
+            return (by_channel * scaled.view(1, -1, 1)).view(tensor.shape)
+        return tensor * scaled.view(1, -1, *[1] * (tensor.dim() - 2))
 
 
 class Dropout:
@@ -120,17 +117,34 @@ class Dropout:
                 )
         self.network, self.rates = network, tuple(by_node)
 
-    def draw(self, generator: torch.Generator) -> Masks:
-        """Masks of one batch, from a CPU generator: the same seed, the same masks on every device."""
-        kept = tuple(
-            (torch.rand(shape[0], generator=generator) >= rate).float() if rate > 0 else None
-            for shape, rate in zip(self.network.shapes, self.rates, strict=True)
-        )
-        return Masks(self.network, kept, self.rates)
+    def draw(
+        self,
+        generator: torch.Generator,
+        device: torch.device | str | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Masks:
+        """Masks of one batch, from a CPU generator: the same seed, the same masks on every device.
 
-
-def _product(tensor: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
-    for factor in factors:
-        if factor is not None:
-            tensor = tensor * factor
-    return tensor
+        Args:
+            device: where the parameters are (default: the CPU). All masks go there in one copy, which does not wait for
+                a GPU; what :class:`Masks` does with them later is views of it.
+            dtype: of the parameters.
+        """
+        nodes = [i for i, rate in enumerate(self.rates) if rate > 0]
+        sizes = [self.network.shapes[i][0] for i in nodes]
+        drawn = [
+            (torch.rand(size, generator=generator) >= self.rates[i]).to(dtype)
+            for i, size in zip(nodes, sizes, strict=True)
+        ]
+        scaled = [mask / (1 - self.rates[i]) for i, mask in zip(nodes, drawn, strict=True)]
+        flat = torch.cat([*drawn, *scaled]) if nodes else torch.zeros(0, dtype=dtype)
+        if device is not None and torch.device(device).type != "cpu":
+            pinned = flat.pin_memory() if torch.device(device).type == "cuda" else flat
+            flat = pinned.to(device, non_blocking=True)
+        parts = flat.split([*sizes, *sizes])
+        kept: list[Tensor | None] = [None] * len(self.rates)
+        sent: list[Tensor | None] = [None] * len(self.rates)
+        for place, node in enumerate(nodes):
+            kept[node], sent[node] = parts[place], parts[len(nodes) + place]
+        return Masks(self.network, tuple(kept), tuple(sent))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ep_kernels import Network
 
-from .config import TrainConfig
+from .config import STORAGES, TrainConfig
 from .data import Dataset
 from .distill import Distillation
 from .dropout import Dropout
@@ -46,6 +46,20 @@ OPTIONS = {
     ("Distillation", "cache"): "teacher_cache",
     ("Dropout", "rates"): "dropout",
 }
+FOR_NETWORKS = (
+    "teacher",
+    "local_heads",
+    "distill_logits",
+    "distill_local_logits",
+    "distill_features",
+    "dropout",
+    "readout",
+    "box",
+    "layer_gain",
+    "layer_lr",
+    "weight_gain",
+    "slope",
+)
 STREAM = 1_000_003  # a prime: seeds of different batches differ
 
 
@@ -106,12 +120,13 @@ class NetworkLearner:
                 image_shape=dataset.image_shape,
                 classes=dataset.classes,
                 images=Normalisation.of(dataset),
+                dataset=dataset.name,
             )
         elif config.distill_logits or config.distill_local_logits or config.distill_features:
             raise ValueError("TrainConfig: argument 'teacher': expected one to distil from, got none")
         with _named_as_options():
             self.loss = AugmentedLoss(
-                network_of(config, dataset),
+                network_of(config, dataset.image_shape, dataset.classes),
                 dataset.classes,
                 local=LocalErrors(config.local_heads, config.local_weight, config.local_pool, config.local_loss),
                 distillation=_distillation(config),
@@ -121,13 +136,15 @@ class NetworkLearner:
                 augmented=bool(config.crop_padding or config.flip or config.cutout),
             )
         self.network = self.loss.network
-        gain = config.layer_gain or config.weight_gain
-        self._model = Model(self.network, weight_gain=gain, seed=config.seed, loss=self.loss).to(device)
+        gains = tuple(config.weight_gain * gain for gain in config.layer_gain) or config.weight_gain
+        self._model = Model(self.network, weight_gain=gains, seed=config.seed, loss=self.loss).to(device)
+        self._trained_on = _trained_on(dataset)
         with _named_as_options():
             self.dropout = Dropout(self.network, config.dropout) if config.dropout else None
         self.warm = None
         if config.warm_start:
-            self.warm = WarmStates(self.network, len(dataset.train_labels))
+            stored = STORAGES[config.warm_storage] or torch.float32
+            self.warm = WarmStates(self.network, len(dataset.train_labels), dtype=stored)
 
     @property
     def model(self) -> Model:
@@ -136,8 +153,8 @@ class NetworkLearner:
 
     @property
     def layers(self) -> int:
-        """Nodes, then the readout."""
-        return len(self.network.shapes)
+        """Nodes, then the readout if it has weights."""
+        return len(self.network.shapes) - 1 + int(self.network.readout.outputs is not None)
 
     def layer_of(self, name: str) -> int:
         """Layer of a parameter: see :meth:`Model.layer_of`."""
@@ -147,7 +164,7 @@ class NetworkLearner:
         """Gradients of a batch into ``.grad``."""
         masks = None
         if self.dropout is not None:
-            masks = self.dropout.draw(self._draws(batch, "dropout"))
+            masks = self.dropout.draw(self._draws(batch, "dropout"), batch.images.device)
         images, labels, indices = batch.images, batch.labels, batch.indices
         if self.config.method == "backprop":
             return backprop_step(self.model, images, labels, indices=indices, masks=masks)
@@ -162,20 +179,32 @@ class NetworkLearner:
         if self.warm is not None:
             assert result.states is not None
             self.warm.put(indices, result.states)
-        return result
+        return replace(result, states=None)  # results wait to be read, and states are large
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Outputs of the readout, and the residuals of the free phase (none of a feed-forward network)."""
         if self.config.method == "backprop":
             return predict_feedforward(self.model, images), None
-        return predict(self.model, images, self.config.relax_config())
+        return predict(self.model, images, self.config.evaluation_config())
 
     def state(self) -> dict[str, Any]:
-        """The kept equilibria of a warm start."""
-        return {} if self.warm is None else {"warm": self.warm.state_dict()}
+        """What it was trained on, which teacher it has, and the kept equilibria of a warm start."""
+        teacher = self.loss.teacher
+        return {
+            **self._trained_on,
+            **({} if teacher is None else {"teacher": teacher.digest()}),
+            **({} if self.warm is None else {"warm": self.warm.state_dict()}),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take them up again."""
+        """Go on.
+
+        Raises:
+            ValueError: the teacher is another one by now.
+        """
+        teacher = self.loss.teacher
+        if teacher is not None and state["teacher"] != teacher.digest():
+            raise ValueError(f"the teacher {self.config.teacher} is not the one that this run was started with")
         if self.warm is not None:
             self.warm.load_state_dict(state["warm"])
 
@@ -196,9 +225,11 @@ class ModuleLearner:
 
     Args:
         module: called with images; returns logits.
+        dataset: its data.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, dataset: Dataset, device: torch.device) -> None:
+        self._trained_on = _trained_on(dataset)
         self._module: nn.Module = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
@@ -216,8 +247,8 @@ class ModuleLearner:
         return 1
 
     def state(self) -> dict[str, Any]:
-        """Nothing: the module is all."""
-        return {}
+        """What it was trained on: a student's images are brought to that."""
+        return dict(self._trained_on)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing."""
@@ -244,18 +275,31 @@ def make_learner(config: TrainConfig, dataset: Dataset, device: torch.device) ->
         return NetworkLearner(config, dataset, device)
     if config.method != "backprop":
         raise ValueError(f"TrainConfig: argument 'model': expected --method backprop with {name}, got {config.method}")
+    plain = TrainConfig()
+    void = [option for option in FOR_NETWORKS if getattr(config, option) != getattr(plain, option)]
+    if void:
+        raise ValueError(f"TrainConfig: arguments {', '.join(void)}: {name} is an ordinary module, without them")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         module = build_teacher(name, dataset.image_shape, dataset.classes, width=config.width)
-    return ModuleLearner(module, device)
+    return ModuleLearner(module, dataset, device)
 
 
-def network_of(config: TrainConfig, dataset: Dataset) -> Network:
+def _trained_on(dataset: Dataset) -> dict[str, Any]:
+    images = Normalisation.of(dataset)
+    return {
+        "normalisation": {"mean": list(images.mean), "std": list(images.std)},
+        "dataset": dataset.name,
+        "image_shape": list(dataset.image_shape),
+    }
+
+
+def network_of(config: TrainConfig, image_shape: tuple[int, int, int], classes: int) -> Network:
     """The network of a run, without its local heads."""
     return build_network(
         config.model_name,
-        dataset.image_shape,
-        dataset.classes,
+        image_shape,
+        classes,
         width=config.width,
         pool=config.pool,
         readout=config.readout,

@@ -7,6 +7,7 @@ their targets for every batch.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -43,9 +44,11 @@ class LocalErrors:
     loss: Literal["cross_entropy", "mse"] = "cross_entropy"
 
     def __post_init__(self) -> None:
-        parts = self.layers.split(",")
-        ok = self.layers in ("none", "all") or all(p.strip().isdecimal() and int(p) > 0 for p in parts)
-        ok = ok and len({p.strip() for p in parts}) == len(parts)
+        parts = [part.strip() for part in self.layers.split(",")]
+        ok = self.layers in ("none", "all")
+        if not ok and all(part.isdecimal() for part in parts):
+            numbers = {int(part) for part in parts}
+            ok = len(numbers) == len(parts) and 0 not in numbers
         _require(ok, "LocalErrors", "layers", "none, all, or different layers as 2,4,6", self.layers)
         ok = bool(self.weight) and all(math.isfinite(w) and w >= 0 for w in self.weight)
         _require(ok, "LocalErrors", "weight", "finite numbers >= 0", self.weight)
@@ -101,7 +104,7 @@ class AugmentedLoss(nn.Module):
         Args:
             network: without local heads.
             classes: of the labels.
-            seed: of the initial maps.
+            seed: of the run: the initial maps are drawn from :func:`maps_seed` of it.
             dataset, augmented: whose training images the batches are, and whether those are cropped or mirrored; for
                 ``distillation.cache`` only.
 
@@ -240,6 +243,14 @@ class AugmentedLoss(nn.Module):
         return self
 
 
+def maps_seed(seed: int) -> int:
+    """Where the initial maps on the teacher's side are drawn from: not the numbers that the same run's weights have.
+
+    The first eight bytes of sha256("ep_train maps SEED"), so that it is the same everywhere.
+    """
+    return int.from_bytes(hashlib.sha256(f"ep_train maps {seed}".encode()).digest()[:8], "big")
+
+
 def _feature_terms(network: Network, distillation: Distillation, teacher: Teacher, seed: int) -> list[FeatureTerm]:
     if not distillation.features:
         return []
@@ -250,7 +261,7 @@ def _feature_terms(network: Network, distillation: Distillation, teacher: Teache
     weights = weights * len(pairs) if len(weights) == 1 else weights
     teacher.watch([name for _, name in pairs])
     shapes = teacher.shapes()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(maps_seed(seed))
     return [
         FeatureTerm(
             network,

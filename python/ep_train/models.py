@@ -174,7 +174,7 @@ class Model(nn.Module):
         what a loss trains besides the network)."""
         kind, index = name.split(".")[:2]
         if kind == "loss":
-            return len(self.network.shapes)
+            return len(self.network.shapes) - int(self.network.readout.outputs is None)
         if kind == "connections":
             return self.network.connections[int(index)].dst
         if kind == "nodes":

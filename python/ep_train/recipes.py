@@ -97,7 +97,7 @@ def estimate(
         raise ValueError(f"estimate: argument 'optimizer': expected one of {names}, got {optimizer!r}")
     free = compile_plan(network, config.schedule, "free", steps=config.free_steps)
     nudged = _nudged_plan(network, config, free)
-    phases = 2 if config.estimator in ("symmetric", "five_phase") else 1
+    phases = config.phases
     times = phases * (2 if config.estimator == "five_phase" else 1)
     first = _convolutions(free, config.free_steps, refresh=True)
     second = _convolutions(nudged, config.nudged_steps, refresh=config.winners == "live")
@@ -131,8 +131,7 @@ def _nudged_plan(network: Network, config: RelaxConfig, free: Plan) -> Plan:
     kept: set[int] = set()
     if states:
         launched = set(_launched(free, config.free_steps)) | {launch.connection for launch in free.refresh}
-        conns = network.connections
-        kept = {c for c in launched if config.schedule == "sweep" or conns[c].src == 0 or conns[c].pool == "max"}
+        kept = {c for c in launched if config.keeps_drive(network.connections[c])}
     return compile_plan(
         network,
         config.schedule,
@@ -142,7 +141,7 @@ def _nudged_plan(network: Network, config: RelaxConfig, free: Plan) -> Plan:
         linear_nudge=config.linear_nudge,
         warm=states,
         kept=frozenset(kept),
-        clamped=frozenset({network.readout.node}) if config.clamps else frozenset(),
+        clamped=config.clamped_nodes(network),
         steps=config.nudged_steps,
     )
 
@@ -168,11 +167,8 @@ def _launches(plan: Plan, steps: int) -> list[Launch]:
 
 
 def _products(network: Network, c: int) -> int:
-    """Of the contrast: a difference and a mean at each end; the clamped input has no difference. Feedback weights of
-    their own split the two, at one more."""
-    if network.connections[c].src == 0:
-        return 1
-    return 3 if network.has_feedback_weight(c) else 2
+    """Of the contrast: a difference and a mean at each end; the clamped input has no difference."""
+    return 1 if network.connections[c].src == 0 else 2
 
 
 def _weighted(network: Network, counts: Mapping[int, int]) -> int:

@@ -95,7 +95,8 @@ def diagnose(
     for node, a in enumerate(after.preactivations[1:], 1):
         lo, hi = network.box(node)
         assert a is not None
-        inside.append(((a > lo) & (a < hi))[:samples].to(x.dtype))
+        passes = ((a > lo) & (a < hi))[:samples].to(x.dtype)
+        inside.append(torch.where(a[:samples].isnan(), math.nan, passes))
     # a plain sweep, the first of a phase, is never over-relaxed; the later ones are
     damping = config.free_damping(network.feedback_gain)
     winners = {c: won[:samples] for c, won in after.winners.items()}
@@ -121,6 +122,9 @@ def spectral_radius(
     Args:
         inside: per node from 1 on, [B, ...]: 1 where the unit is strictly inside the box, 0 where it is saturated.
         winners: of max pooling by connection, [B, ...].
+
+    Returns:
+        The radius; NaN where a parameter or a state is.
     """
     batch = inside[0].shape[0]
     if batch == 0:
@@ -129,13 +133,14 @@ def spectral_radius(
     gains = [network.feedback_gain ** network.levels[i] for i in range(len(network.shapes))]
     d: list[Tensor] = [inside[0].new_zeros(())]  # of the clamped input, which is never read
     for i, passes in enumerate(inside, 1):
-        d.append(torch.randn(passes.shape, generator=generator).to(passes) * passes / math.sqrt(gains[i]))
+        start = torch.randn(passes.shape, generator=generator).to(passes) / math.sqrt(gains[i])
+        d.append(start if damping < 1 else start * passes)
     growth = d[1].new_zeros(batch, dtype=torch.float64)
     alive = torch.ones(batch, dtype=torch.bool, device=growth.device)
     for t in range(iterations + 1):
         squares = [gain * s.flatten(1).double().square().sum(1) for gain, s in zip(gains[1:], d[1:], strict=True)]
         size = torch.stack(squares).sum(0).sqrt()
-        alive &= size > 0
+        alive &= size != 0  # so a NaN lives
         if t > iterations // 2:
             growth += torch.where(alive, size, torch.ones_like(size)).log()
         size = torch.where(alive, size, torch.ones_like(size))
@@ -157,7 +162,8 @@ def tangent_sweep(
 ) -> list[Tensor]:
     """One free sweep of a small change ``d`` of the states (per node, index 0 is not read): the Jacobian times ``d``.
 
-    Winners stay; units strictly inside the box pass their change on, saturated ones keep none.
+    Winners stay. Units strictly inside the box pass on what they are told; saturated ones do not, and keep the part
+    ``1 - eta`` of their own change that damping leaves. Over-relaxed, the box takes that part from them too.
     """
     new = list(d)
     read = d if config.schedule == "sync" else new
@@ -184,7 +190,11 @@ def tangent_sweep(
                 conn.pool,
                 winners.get(c),
             )
-        new[node] = inside[node - 1] * reference.damp(read[node], network.slope * a, damping)
+        passes = inside[node - 1]
+        if damping > 1:
+            new[node] = passes * reference.damp(read[node], network.slope * a, damping)
+        else:
+            new[node] = reference.damp(read[node], passes * (network.slope * a), damping)
     return new
 
 
@@ -197,7 +207,7 @@ def advice(stability: Stability, config: RelaxConfig, network: Network) -> str |
     r, rho, k = stability.residual, stability.spectral_radius, network.feedback_gain
     if r <= allowed:
         return None
-    if not math.isfinite(r):
+    if not math.isfinite(r) or math.isnan(rho):
         return "the free phase has states that are not finite: lower --lr, --weight-gain or --feedback-gain"
     worst = 1 + max(range(len(stability.layer_residual)), key=lambda i: stability.layer_residual[i])
     said = (
@@ -208,21 +218,38 @@ def advice(stability: Stability, config: RelaxConfig, network: Network) -> str |
         return f"{said}: states in float16 move by their last digit; raise --tol to {FLOAT16:g}"
     changes = []
     if config.schedule == "sync" and config.damping == 1:
-        changes.append("use --schedule sweep (it cannot raise the energy)")
+        descends = " (it cannot raise the energy)" if _descends(network) else ""
+        changes.append(f"use --schedule sweep{descends}")
     sweeps = None
     if 0 < rho < 1:
         sweeps = stability.steps + math.ceil(math.log(allowed / r) / math.log(rho))
         if sweeps <= MANY:
             changes.append(f"raise --free-steps from {config.free_steps} to {sweeps}")
     if rho >= AIM and (rho >= 1 or sweeps is None or sweeps > 2 * stability.steps):
-        # the radius of a sweep in turn goes with k and with the weights' square; that of sync with its root
-        factor = AIM / rho
-        gain = k * (factor**2 if config.schedule == "sync" else factor)
-        changes.append(f"lower --feedback-gain from {k:g} to about {gain:.1g}")
-        changes.append("or start again with a lower --weight-gain or more --weight-decay")
+        # damping by eta makes an eigenvalue rho one of 1 - eta + eta rho
+        eta = config.damping
+        undamped = max((rho - (1 - eta)) / eta, 0.0)
+        if eta < 1 and undamped < 1:
+            changes.append(f"raise --damping from {eta:g} to 1 (the spectral radius is then about {undamped:.2g})")
+        if undamped >= AIM:
+            # the radius of a sweep in turn goes with k and with the weights' square; that of sync with its root. What
+            # over-relaxation, which follows k, makes of it is not in this
+            factor = AIM / undamped
+            gain = k * (factor**2 if config.schedule == "sync" else factor)
+            if f"{gain:.2g}" != f"{k:.2g}":
+                changes.append(f"lower --feedback-gain from {k:g} (try about {gain:.2g})")
+            again = "start again with a lower --weight-gain or more --weight-decay"
+            changes.append(f"or {again}" if changes else again)
     if not changes:
         changes.append(f"raise --free-steps from {config.free_steps} to {config.free_steps + 1}")
     return f"{said}: {'; '.join(changes)}"
+
+
+def _descends(network: Network) -> bool:
+    """Updates in turn cannot raise the energy: there is one, and what is above max pooling is never negative, so that
+    fixed winners bound it from above."""
+    above = {conn.dst for conn in network.connections if conn.pool == "max" and conn.src}
+    return network.feedback == "tied" and all(network.box(node)[0] >= 0 for node in above)
 
 
 def _finite(value: float) -> float | None:

@@ -100,7 +100,6 @@ class Trainer:
             device=self.device,
         )
         self.test = Batches(dataset, "test", batch_size=min(256, len(dataset.test_labels)), device=self.device)
-        self.probe = Batches(dataset, "test", batch_size=min(PROBE, len(dataset.test_labels)), device=self.device)
         self.advised: str | None = None
         self.optimizer = make_optimizer(self.learner, config)
         self.scheduler = make_scheduler(self.optimizer, config, config.epochs * len(self.train))
@@ -118,6 +117,7 @@ class Trainer:
         config = self.config
         epoch = self.epoch + 1
         done = self.partial
+        lenient = config.on_divergence == "continue"
         progress.start_epoch(epoch, len(self.train), completed=done.batches)
         began = time.perf_counter()
         unread: list[tuple[StepResult, int]] = []  # with the number of images
@@ -140,16 +140,19 @@ class Trainer:
                 if unread:
                     show(len(unread), self._add_up(unread))
                 raise Stopped
+            buffers = [b.clone() for b in self.model.buffers()] if lenient else []
             result = self.learner.step(Batch(images, labels, indices, epoch, done.batches + len(unread)))
             unread.append((result, len(labels)))
             count = len(unread)
-            lenient = config.on_divergence == "continue"
             due = lenient or self.device.type == "cpu" or time.perf_counter() - began >= READ_EVERY
             if lenient and self._broken(result):
+                for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
                 unread.clear()
                 done.batches += 1
                 done.skipped += 1
-                progress.note(f"epoch {epoch}, batch {done.batches}: loss or gradient not finite, batch left out")
+                if done.skipped > len(self.train) // 2:
+                    raise Diverged(f"more than half of epoch {epoch} was left out: lower --lr or --feedback-gain")
                 self.scheduler.step()
                 continue
             residual = self._add_up(unread) if due else None
@@ -159,8 +162,11 @@ class Trainer:
                 show(count, residual)
         if unread:
             show(len(unread), self._add_up(unread))
-        if not done.seen:
-            raise Diverged(f"every batch of epoch {epoch} was left out: lower --lr or --feedback-gain")
+        if done.skipped:
+            progress.note(
+                f"epoch {epoch}: {done.skipped} of {len(self.train)} batches left out: the loss had run away, or it or "
+                "a gradient was not finite"
+            )
         self.seconds += done.seconds
         self.epoch, self.partial = epoch, Partial()
         row: dict[str, Any] = {
@@ -212,7 +218,8 @@ class Trainer:
 
     def check_weights(self) -> None:
         """Raise before a checkpoint of broken weights replaces a good one."""
-        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        floating = [(name, t) for name, t in self.model.state_dict().items() if t.is_floating_point()]
+        names, parameters = zip(*floating, strict=True)
         finite = torch.stack([parameter.isfinite().all() for parameter in parameters]).tolist()
         if not all(finite):
             name = names[finite.index(False)]
@@ -232,8 +239,8 @@ class Trainer:
         learner = self.learner
         if not isinstance(learner, NetworkLearner) or self.config.method == "backprop":
             return {}
-        images, _ = next(self.probe.epoch(0))
-        relax = self.config.relax_config()
+        images = next(self.test.epoch(0))[0][:PROBE]
+        relax = self.config.evaluation_config()
         stability = diagnose(learner.network, learner.model.tensors(), images, relax)
         found = advice(stability, relax, learner.network)
         if found is not None and found != self.advised:
@@ -403,8 +410,16 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], Path]:
         seed=config.seed,
         overwrite=config.overwrite,
     )
-    folder.write_config(dataclasses.asdict(config))
+    folder.write_config(dataclasses.asdict(portable(config)))
     return trainer.run(folder), folder.path
+
+
+def portable(config: TrainConfig) -> TrainConfig:
+    """The same run from any working directory: paths of the teacher and its cache are absolute."""
+    name, colon, path = (config.teacher or "").rpartition(":")
+    teacher = f"{name}{colon}{Path(path).resolve()}" if path and Path(path).exists() else config.teacher
+    cache = config.teacher_cache.resolve() if config.teacher_cache is not None else None
+    return dataclasses.replace(config, teacher=teacher, teacher_cache=cache)
 
 
 def resume(
@@ -438,8 +453,11 @@ def resume(
     return trainer.run(folder), folder.path
 
 
-def config_from_json(path: Path, *, quiet: bool = False) -> TrainConfig:
+def config_from_json(path: Path, *, quiet: bool = False, complete: bool = True) -> TrainConfig:
     """The configuration that a run folder holds.
+
+    Args:
+        complete: every option must be there; else those that are not have their defaults.
 
     Raises:
         CheckpointError: it is missing, damaged or of another version.
@@ -449,11 +467,15 @@ def config_from_json(path: Path, *, quiet: bool = False) -> TrainConfig:
     except (OSError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{path}: not a readable configuration: {error}") from error
     known = {field.name for field in dataclasses.fields(TrainConfig)}
-    if not isinstance(values, dict) or set(values) != known:
-        raise checkpoint.CheckpointError(f"{path}: not the configuration of this version of ep-train")
+    if not isinstance(values, dict):
+        raise checkpoint.CheckpointError(f"{path}: expected a JSON object of options, got {type(values).__name__}")
+    odd = {"unknown": sorted(set(values) - known), "missing": sorted(known - set(values)) if complete else []}
+    if any(odd.values()):
+        found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in odd.items() if names)
+        raise checkpoint.CheckpointError(f"{path}: not the configuration of this version of ep-train ({found})")
     try:
         for name in ("data_root", "out", "teacher_cache"):
-            values[name] = Path(values[name]) if values[name] is not None else None
+            values[name] = Path(values[name]) if values.get(name) is not None else None
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return TrainConfig(**{**values, "quiet": quiet})
     except (TypeError, ValueError) as error:
@@ -466,8 +488,8 @@ def make_optimizer(learner: Learner, config: TrainConfig) -> torch.optim.Optimiz
     factors = config.layer_lr or (1.0,) * layers
     if len(factors) != layers:
         raise ValueError(
-            f"TrainConfig: argument 'layer_lr': expected {layers} factors ({layers - 1} layers, then the readout), "
-            f"got {len(factors)}"
+            f"TrainConfig: argument 'layer_lr': expected {layers} factors (bottom to top, then a readout that has "
+            f"weights), got {len(factors)}"
         )
     groups = [
         {"params": [p], "lr": config.lr * factors[learner.layer_of(name) - 1]}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +24,14 @@ class WarmStates:
     weights have moved since. Images must not be augmented, or they would not be the same ones. An image that was never
     seen starts from zero states, as without a warm start.
 
+    Every checkpoint holds the states of all images: as many bytes on disk as in memory (:meth:`bytes_needed`), written
+    anew at the end of every epoch, beside the old one until it is complete.
+
     Args:
         count: training images.
         dtype: float32, or float16 for half the memory: states within [-1, 1] to 5e-4.
-        limit: bytes that the states may take; default half of the machine's memory.
+        limit: bytes that the states may take; default half of the machine's memory, or of what its control
+            group may use where that is less.
 
     Raises:
         ValueError: another dtype; or more memory than ``limit``, with the numbers.
@@ -78,6 +84,9 @@ class WarmStates:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the states of a checkpoint: the same bits.
 
+        The tensors are taken over, not copied, so that there is never a second set of them in memory: they change with
+        every :meth:`put`.
+
         Raises:
             ValueError: they are of another network, number of images or dtype.
         """
@@ -88,9 +97,35 @@ class WarmStates:
         ):
             if ours != theirs:
                 raise ValueError(f"WarmStates: argument 'state': expected states of {name} {ours}, got {theirs}")
-        for kept, loaded in zip(self.states, given, strict=True):
-            kept.copy_(loaded)
+        self.states = given
 
 
 def _half_of_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([total, *_group_limits()]) // 2
+
+
+def _group_limits(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes that this process's control group, and those around it, may use (of a container or a batch job).
+
+    ``own`` has lines as ``0::/a/b`` (version 2: memory.max) and ``4:memory:/a/b`` (version 1). In a container the path
+    may be the host's, and the group is then at the top of what is mounted.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:  # another system than Linux
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = groups / "memory" if controllers else groups
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # not there; "max"
+                limits.append(int((folder / name).read_text()))
+            if folder == top:
+                break
+    return limits

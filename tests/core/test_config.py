@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ep_kernels
-from ep_kernels import Connection, Head, Network, Parameters, RelaxConfig, free_phase, nudged_phase
+from ep_kernels import Connection, Head, Network, Parameters, RelaxConfig, contrasts, free_phase, nudged_phase
 from tests.core.nets import NETWORKS, problem
 
 NAN, INF = float("nan"), float("inf")
@@ -96,6 +96,8 @@ def test_defaults_and_classical_settings() -> None:
         (lambda: Head(1, 3, pool=0), "Head: argument 'pool': expected None or > 0, got 0"),
         (lambda: Head(1, 3, weight=NAN), "Head: argument 'weight': expected a finite number, got nan"),
         (lambda: Head(1, 3, temperature=0.0), "Head: argument 'temperature': expected a finite number > 0, got 0.0"),
+        (lambda: Head(1, 3, tied="0"), "Head: argument 'tied': expected None or the index of a head, got '0'"),
+        (lambda: replace(NET, linear_nodes=3), "Network: argument 'linear_nodes': expected a tuple, got 3"),
         (lambda: Head(1, None, pointwise=True), "Head: argument 'outputs': expected a number of channels (pointwise)"),
         (
             lambda: replace(NET, shapes=NET.shapes[:1]),
@@ -245,6 +247,31 @@ def test_arguments_of_the_phases() -> None:
         with pytest.raises(ValueError, match=r"(free|nudged)_phase: ") as caught:
             call()
         assert message in str(caught.value)
+
+
+def test_weights_of_a_tied_head_are_those_that_it_is_tied_to() -> None:
+    net = replace(NET, local_heads=(Head(4, 3, weight=0.5, temperature=2.0, tied=0),))
+    p = problem(net)
+    assert p.parameters.head_weights[0] is p.parameters.head_weights[1]
+    weight, bias = p.parameters.head_weights[0], p.parameters.head_biases[0]
+    assert weight is not None
+    for group, tensors in (
+        ("head_weights", [weight, None]),
+        ("head_weights", [weight, weight.clone()]),
+        ("head_biases", [bias, None]),
+    ):
+        message = f"free_phase: argument 'parameters': expected {group}[1] to be the very tensor {group}[0]"
+        with pytest.raises(ValueError, match=rf"^{re.escape(message)}.*Parameters\.from_named"):
+            free_phase(net, replace(p.parameters, **{group: tensors}), p.x)
+
+
+def test_contrasted_states_of_the_clamped_input() -> None:
+    p = problem(NET)
+    found = free_phase(NET, p.parameters, p.x, keep=True)
+    nudged = nudged_phase(NET, p.parameters, found, p.targets)
+    for node in (0, 5):
+        with pytest.raises(ValueError, match=f"contrasted_states: argument 'node': expected 1 to 4, got {node}"):
+            contrasts.contrasted_states(found, nudged, node)
 
 
 def test_targets_for_every_head() -> None:

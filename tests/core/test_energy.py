@@ -269,3 +269,15 @@ def test_live_winners_are_the_best(name: str) -> None:
         assert bool((live >= fixed).all())
         lost += int((live > fixed).sum())
     assert lost > 10
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_sampling_adjoint_is_in_the_dtype_and_the_format_of_its_product(last: bool) -> None:
+    layout = torch.channels_last if last else torch.contiguous_format
+    above, weight = (t.contiguous(memory_format=layout) for t in (torch.rand(2, 3, 4, 4), torch.rand(3, 5, 1, 1)))
+    got = reference.convolve_adjoint(above, weight, (5, 7, 8), (2, 2), (0, 0))
+    assert got.is_contiguous(memory_format=layout)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = reference.convolve_adjoint(above, weight, (5, 7, 8), (2, 2), (0, 0))
+    assert cast.dtype == torch.bfloat16
+    torch.testing.assert_close(cast.float(), got, rtol=2e-2, atol=2e-2)

@@ -266,14 +266,19 @@ def test_coupled_learning_is_the_nudge_that_moves_the_output_units_as_far() -> N
 def test_what_clamping_needs(estimator: Any) -> None:
     config = RelaxConfig(estimator=estimator)
     p = problem(NETWORKS["max"])
-    with pytest.raises(
-        ValueError, match=f"expected an mse readout .* with estimator '{estimator}', got a cross_entropy"
-    ):
+    message = f"^ep_gradients: argument 'config': expected an mse readout .* '{estimator}', got a cross_entropy"
+    with pytest.raises(ValueError, match=message):
         ep_gradients(p.network, p.parameters, p.x, p.targets, config)
     net = replace(NETWORKS["no pooling, mse"], local_heads=(Head(4, 3),))
     q = problem(net)
     with pytest.raises(ValueError, match=r"expected no other loss on the output units \(node 4\)"):
         ep_gradients(net, q.parameters, q.x, q.targets, config)
+    for head in (Head(2, None, loss="mse", pool=1), Head(2, None, loss="mse", weight=2.0)):
+        shaped = Network(((2, 4, 4), (3, 4, 4), (3, 4, 4)), (Connection(0, 1), Connection(1, 2)), head)
+        s = problem(shaped)
+        message = "ep_gradients: argument 'config': expected a readout without pool and of weight 1 .* got pool="
+        with pytest.raises(ValueError, match=message):
+            ep_gradients(shaped, s.parameters, s.x, s.targets, config)
     r = problem(NETWORKS["no pooling, mse"])
     with pytest.raises(ValueError, match=r"expected no other loss on the output units \(node 4\)"):
         ep_gradients(r.network, r.parameters, r.x, r.targets, config, extra={4: torch.zeros(3, 3).double()})

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ep_kernels import Connection, Head, Network, Parameters, RelaxConfig, holomorphic_gradients
-from tests.core.nets import NETWORKS, Problem, problem
+from ep_kernels import Connection, Head, Network, Parameters, RelaxConfig, holomorphic, holomorphic_gradients
+from tests.core.nets import NETWORKS, Problem, cosine, problem
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
 CONFIG = RelaxConfig(free_steps=80, nudged_steps=80)
@@ -201,9 +201,55 @@ def test_what_the_equilibrium_says() -> None:
 
 def test_an_empty_batch_gives_zero_gradients() -> None:
     p = problem(NETS["max, local and tied heads"], batch=0)
-    got, _ = holomorphic_gradients(p.network, p.parameters, p.x, p.targets, replace(CONFIG, free_steps=2))
+    config = replace(CONFIG, free_steps=2, tol=1e-3)
+    got, _ = holomorphic_gradients(p.network, p.parameters, p.x, p.targets, config)
     assert {k: tuple(t.shape) for k, t in got.named().items()} == Parameters.shapes(p.network)
     assert not any(bool(t.any()) for t in got.named().values())
+
+
+def test_in_float32(caplog: pytest.LogCaptureFixture) -> None:
+    """What the nudge does not change is left out of the sum, so float32 has digits for the lowest layer (0.67 if not);
+    where it has none, a warning asks for float64."""
+    holomorphic._warn_rounding.cache_clear()
+    for k, said in ((0.3, False), (0.1, True)):
+        net = Network.chain((2, 8, 8), [4] * 4, ["none"] * 4, classes=3, feedback_gain=k)
+        p = problem(net, seed=3, batch=4)
+        single = Parameters.from_named(net, {key: t.float() for key, t in p.parameters.named().items()})
+        targets = [t.float() for t in p.targets]
+        config = RelaxConfig(free_steps=20, nudged_steps=20)
+        want, _ = holomorphic_gradients(net, p.parameters, p.x, p.targets, config)
+        assert not caplog.records
+        for _ in range(2):
+            got, _ = holomorphic_gradients(net, single, p.x.float(), targets, config)
+        assert min(cosine(t, want.named()[key]) for key, t in got.named().items()) > (0.95 if said else 0.999)
+        assert ("Use float64" in caplog.text) == said
+        assert len(caplog.records) == said
+
+
+def test_phases_that_do_not_converge_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    holomorphic._warn_unsettled.cache_clear()
+    p = small("average, mse, k 1")
+    for change, radius, said in (({}, 0.2, False), ({}, 10.0, True), ({"nudged_steps": 1}, 0.2, True)):
+        caplog.clear()
+        got, _ = holomorphic_gradients(
+            p.network, p.parameters, p.x, p.targets, replace(CONFIG, **change), radius=radius
+        )
+        assert all(bool(t.isfinite().all()) for t in got.named().values())
+        assert ("had not converged" in caplog.text) == said
+
+
+def test_tensors_are_checked() -> None:
+    p = small("average, mse, k 1")
+    net, named = p.network, p.parameters.named()
+    half = Parameters.from_named(net, {key: t.float() for key, t in named.items()})
+    for parameters, x, targets, message in (
+        (p.parameters, p.x[:, :1], p.targets, "argument 'x': expected shape"),
+        (half, p.x, p.targets, "argument 'parameters: connections.0.weight': expected torch.float64"),
+        (p.parameters, p.x, [], r"argument 'targets': expected 1 \(one per head\), got 0"),
+        (p.parameters, p.x, [p.targets[0][:1]], r"argument 'targets\[0\]': expected shape \[2, 3\]"),
+    ):
+        with pytest.raises(ValueError, match=f"holomorphic_gradients: {message}"):
+            holomorphic_gradients(net, parameters, x, targets, CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -343,19 +343,34 @@ def test_unreached_nodes_are_reported(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "beta", "dtype", "said"),
-    [("states", 1e-3, "float32", True), ("states", 0.2, "float32", False), ("delta", 1e-6, "float32", False),
-     ("states", 1e-3, "float64", False)],
-)  # fmt: skip
+    ("k", "beta", "change", "said"),
+    [  # four layers; cosines of the lowest one's gradient to that in float64
+        (0.1, 0.2, {}, ""),  # 0.998
+        (0.1, 0.01, {}, ""),  # 0.999
+        (0.1, 1e-3, {}, "or beta of 0.004 and more"),  # 0.89
+        (0.1, 0.2, {"estimator": "positive"}, ""),  # 0.986
+        (0.1, 0.01, {"estimator": "positive"}, "or beta of 0.06 and more"),  # 0.26
+        (0.1, 0.2, {"storage": torch.float16}, "Use form='delta'"),  # 0.07
+        (0.02, 0.01, {}, "or beta of 0.5 and more"),  # 0.33
+        (1.0, 1e-3, {}, ""),  # 0.999
+        (0.1, 1e-3, {"estimator": "five_phase"}, "or beta of 0.004 and more"),
+        (0.1, 1e-6, {"form": "delta"}, ""),
+        (0.1, 1e-3, {"dtype": torch.float64}, ""),
+    ],
+)
 def test_a_beta_too_small_for_states_is_reported(
-    form: Any, beta: float, dtype: str, said: bool, caplog: pytest.LogCaptureFixture
+    k: float, beta: float, change: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     solver._warn_small_beta.cache_clear()
-    p = problem(NETWORKS["max"])
-    as_dtype = {name: t.to(getattr(torch, dtype)) for name, t in p.parameters.named().items()}
-    parameters = Parameters.from_named(p.network, as_dtype)
-    targets = [t.to(getattr(torch, dtype)) for t in p.targets]
-    config = RelaxConfig(form=form, beta=beta, nudged_steps=4)
+    options = {"form": "states", "dtype": torch.float32} | change
+    dtype = options.pop("dtype")
+    p = problem(replace(NETWORKS["max"], feedback_gain=k))
+    parameters = Parameters.from_named(p.network, {name: t.to(dtype) for name, t in p.parameters.named().items()})
+    targets = [t.to(dtype) for t in p.targets]
+    config = RelaxConfig(beta=beta, nudged_steps=4, **options)
     with caplog.at_level("WARNING", "ep_kernels"):
-        ep_gradients(p.network, parameters, p.x.to(getattr(torch, dtype)), targets, config)
-    assert ("Use form='delta'" in caplog.text) == said
+        for _ in range(2):
+            ep_gradients(p.network, parameters, p.x.to(dtype), targets, config)
+    assert len(caplog.records) == bool(said)
+    assert said in caplog.text
+    assert ("or beta" in caplog.text) == ("or beta" in said)

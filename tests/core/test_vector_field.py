@@ -10,7 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from ep_kernels import Network, Parameters, RelaxConfig, ep_gradients, free_phase, kolen_pollack, nudged_gradients
+from ep_kernels import (
+    Network,
+    Parameters,
+    RelaxConfig,
+    backends,
+    contrasts,
+    ep_gradients,
+    free_phase,
+    kolen_pollack,
+    nudged_gradients,
+)
+from ep_kernels.relaxation import Contrast
 from tests.core.nets import BACKENDS, NETWORKS, Problem, cosine, problem
 
 NAMES = ("max", "average, odd maps", "no pooling, mse", "skips, max")
@@ -172,6 +183,41 @@ def test_live_winners_are_refused() -> None:
     config = RelaxConfig(form="states", winners="live")
     with pytest.raises(ValueError, match="expected frozen winners with separate feedback weights"):
         ep_gradients(p.network, p.parameters, p.x, p.targets, config)
+
+
+@pytest.mark.parametrize("operands", [None, torch.float16])
+@pytest.mark.parametrize("estimator", ["symmetric", "positive", "tangent"])
+def test_each_weight_costs_one_product(estimator: Any, operands: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gets what one half of the contrast's two products gave before."""
+    p = separate("skips, max")
+    seen = []
+    monkeypatch.setattr(backends, "contrasts", lambda jobs, name: seen.extend(jobs) or real(jobs, "reference"))
+    config = replace(CONFIG, estimator=estimator, operands=operands)
+    got, _ = ep_gradients(p.network, p.parameters, p.x, p.targets, config, backend="reference")
+    assert all(job.source_delta is None for job in seen)
+    assert len(seen) == sum(1 if conn.src == 0 else 2 for conn in p.network.connections)
+    monkeypatch.setattr(contrasts, "_split", halves)
+    want, _ = ep_gradients(p.network, p.parameters, p.x, p.targets, config, backend="reference")
+    for key, ours in got.named().items():
+        theirs = want.named()[key]
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * float(theirs.abs().max()), msg=key)
+
+
+real = backends.contrasts
+
+
+def halves(job: Contrast) -> list[Contrast]:
+    """By the contrast of both products, in which one difference is zero."""
+    assert job.source_delta is not None
+    still = replace(job, target_delta=torch.zeros_like(job.target_delta))
+    means = []
+    for free, delta, gain in (
+        (job.source, job.source_delta, job.source_gain),
+        (job.target, job.target_delta, job.target_gain),
+    ):
+        both = delta.unflatten(0, (-1, len(free))).sum(0)
+        means.append(free + job.centre * gain * both)
+    return [replace(job, source=means[0], source_delta=None), replace(still, target=means[1])]
 
 
 def test_float16_storage_splits_the_same_gradients() -> None:

@@ -17,6 +17,7 @@ from ep_train.check import CheckConfig
 from ep_train.cli import ResumeConfig
 from ep_train.config import Estimator
 from ep_train.run_folder import read_metrics
+from ep_train.trainer import config_from_json
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
 TINY = ["--model", "4p", "--train-limit", "40", "--test-limit", "10", "--batch-size", "10", "--epochs", "1"]
@@ -178,3 +179,66 @@ def test_ctrl_c_outside_the_loop(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(cli, "train", interrupt)
     assert cli.main(TINY) == 130
     assert capsys.readouterr().err == "ep-train: stopped by Ctrl-C\n"
+
+
+# --- presets, configurations, recipes ---------------------------------------------------------------------------------
+
+
+def test_presets_are_listed_and_taken_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--epochs", "1", "--preset", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert "laborieux2021-ce: " in shown
+    assert "arXiv 2006.03824" in shown
+    small = ["--train-limit", "40", "--test-limit", "20", "--epochs", "1", "--free-steps", "3", "--nudged-steps", "2"]
+    some = ["--width", "0.02", "--batch-size", "20", "--crop-padding", "0", "--no-flip", "--threads", "1", "--quiet"]
+    options = [*small, "--preset=vgg5-cifar10", *some, "--dataset", "digits", "--model", "8p-8"]
+    assert cli.main([*options, "--out", str(tmp_path / "run")]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["estimator"], config["feedback_gain"], config["epochs"]) == ("tangent", 0.05, 1)
+    again = ["--config", str(tmp_path / "run"), "--out", str(tmp_path / "again"), "--lr", "0.01"]
+    assert cli.main(again) == 0
+    other = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert {k for k in config if config[k] != other[k]} == {"lr", "out", "quiet"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "nope"], "argument 'preset': expected one of laborieux2021-mse"),
+        (["--preset"], "argument '--preset': expected a value"),
+        (["--config", "nowhere.json"], "nowhere.json: not a readable configuration"),
+    ],
+)
+def test_presets_and_configurations_that_are_none(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"epochs": 1, "colour": 3}', "(unknown: colour)"),
+        ('{"lr_schedule": "cos"}', "argument 'lr_schedule': expected one of constant, cosine, linear, got 'cos'"),
+        ("[1]", "expected a JSON object of options, got list"),
+    ],
+)
+def test_a_configuration_that_was_edited_wrongly(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.json").write_text(text)
+    assert cli.main(["--config", str(tmp_path / "c.json")]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_recipe_is_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "recipe.json"
+    assert cli.main(["recipe", "vgg11-cifar100", "--out", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "ASSUM" in shown
+    assert f"ep-train --config {path}" in shown
+    config = config_from_json(path)
+    assert (config.dataset, config.model, config.operands) == ("cifar100", "vgg11", "float16")
+    assert cli.main(["recipe", "vgg11-cifar100", "--out", str(path)]) == 1
+    assert "is there already" in capsys.readouterr().err

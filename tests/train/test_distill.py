@@ -29,9 +29,12 @@ from tests.core.threads import one_thread  # noqa: F401  (autouse)
         ({"logits": -1.0}, "argument 'logits': expected a finite number >= 0, got -1.0"),
         ({"local_logits": math.inf}, "argument 'local_logits'"),
         ({"logits": 1.0, "temperature": 0.0}, "argument 'temperature': expected a finite number > 0, got 0.0"),
-        ({"features": ("3",)}, "argument 'features': expected pairs as 3=features.7, or auto alone, got '3'"),
+        ({"features": ("3",)}, "argument 'features': expected pairs as 3=features.7, or auto, got '3'"),
         ({"features": ("0=a",)}, "argument 'features'"),
-        ({"features": ("1=a", "auto")}, "argument 'features'"),
+        (
+            {"features": ("2=layer1", "auto")},
+            "argument 'features': expected auto alone, or pairs without it, got '2=layer1 auto'",
+        ),
         ({"features": ("1=a",), "feature_weight": ()}, "argument 'feature_weight': expected finite numbers >= 0"),
         ({"features": ("1=a",), "feature_weight": (1.0, 2.0)}, "argument 'feature_weight': expected one number or 1"),
         ({"features": ("1=a",), "feature_loss": "l1"}, "argument 'feature_loss': expected mse or cosine, got 'l1'"),
@@ -124,6 +127,25 @@ def test_automatic_pairs() -> None:
         AugmentedLoss(
             student, 10, distillation=replace(auto, feature_weight=(1.0, 2.0)), teacher=module_of("resnet18", shape)
         )
+
+
+def test_automatic_pairs_leave_out_what_passes_on_its_input() -> None:
+    """A shortcut without weights comes after the convolution beside it, and holds what was there before."""
+    shape = (3, 32, 32)
+    teacher = module_of("resnet18", shape)
+    names = [name for name, _, _ in teacher.layers()]
+    assert "layer1.0.downsample" not in names
+    assert {"relu", "layer1.0.relu", "layer2.0.downsample"} <= set(names)  # one in place; one with weights
+    student = build_network("4-4-4p-4-4p-4-4-4p", shape, 10)  # maps of 32, 32, 16, 16, 8, 8, 8, 4
+    pairs = pair_features(student, teacher, Distillation(features=("auto",)))
+    assert pairs[0] == (2, "layer1")
+    for layers in range(2, 20):  # every depth of a first stage of full size
+        student = build_network("-".join(["4"] * layers) + "-4p", shape, 10)
+        (_, name), *_ = pair_features(student, teacher, Distillation(features=("auto",)))
+        assert not name.endswith("downsample")
+    parts = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Dropout(), nn.Sequential(nn.Identity()), nn.Flatten()]
+    module = nn.Sequential(*parts, nn.Linear(4096, 2))
+    assert [name for name, _, _ in Teacher(module, image_shape=shape).layers()] == ["0", "1", "4", "5"]
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -222,6 +244,22 @@ def test_targets_from_the_cache(tmp_path: Path) -> None:
         module.linear.weight[0, 0] += 1e-3
     with pytest.raises(CacheError, match="is of another teacher"):
         loss_of(data, teacher, path)
+
+
+def test_a_cache_is_filled_from_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch by batch: the training images are not kept on the device."""
+    asked: list[dict[str, Any]] = []
+
+    def batches(*arguments: Any, **options: Any) -> Batches:
+        asked.append(options)
+        return Batches(*arguments, **options)
+
+    monkeypatch.setattr("ep_train.distill.cache.Batches", batches)
+    data = digits()
+    cache = LogitCache(tmp_path / "c.npz", 50, 10, "key")
+    cache.fill(Teacher(Counted(), image_shape=data.image_shape), data, torch.device("cpu"))
+    assert cache.complete
+    assert [options["resident"] for options in asked] == [False]
 
 
 def test_what_a_cache_depends_on() -> None:

@@ -42,7 +42,7 @@ def drawn(p: Problem, rates: tuple[float, ...] = (0.4,)) -> Masks:
     """Masks that leave something out of the network, and no layer without units."""
     dropout, generator = Dropout(p.network, rates), torch.Generator().manual_seed(0)
     while True:
-        masks = dropout.draw(generator)
+        masks = dropout.draw(generator, dtype=torch.float64)
         kept = [k for k in masks.kept if k is not None]
         if all(bool(k.any()) for k in kept) and sum(int((k == 0).sum()) for k in kept) > 2:
             return masks
@@ -175,12 +175,47 @@ def test_draws_depend_on_the_seed_alone() -> None:
     assert kept(1) != kept(2)
 
 
+def test_masks_are_one_tensor() -> None:
+    """One copy takes them all to a GPU, and what they are used as are views of it."""
+    dropout = Dropout(WIDE, (0.3, 0.0, 0.6))
+    on_cpu, on_meta = (dropout.draw(torch.Generator().manual_seed(1), device) for device in (None, "meta"))
+    for masks in (on_cpu, on_meta):
+        parts = [t for t in (*masks.kept, *masks.scaled) if t is not None]
+        assert len(parts) == 4
+        assert len({t.untyped_storage()._cdata for t in parts}) == 1
+        assert {t.dtype for t in parts} == {torch.float32}
+    assert on_meta.kept[1].device.type == "meta"
+    torch.testing.assert_close(on_cpu.scaled[3], on_cpu.kept[3] / 0.4)
+    weights = problem(WIDE).parameters.weights
+    assert on_meta._received(1, torch.empty_like(weights[0], dtype=torch.float32, device="meta")).device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_masks_do_not_wait_for_a_gpu() -> None:
+    p = problem(WIDE)
+    tensors = {key: t.float().cuda() for key, t in p.parameters.named().items()}
+    parameters = Parameters.from_named(WIDE, tensors)
+    dropout = Dropout(WIDE, [0.3])
+    dropout.draw(torch.Generator(), "cuda").apply(parameters)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        masks = dropout.draw(torch.Generator().manual_seed(1), "cuda")
+        got = masks.gradients(masks.apply(parameters))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = dropout.draw(torch.Generator().manual_seed(1))
+    on_cpu = Parameters.from_named(WIDE, {key: t.cpu() for key, t in tensors.items()})
+    for key, t in want.gradients(want.apply(on_cpu)).named().items():
+        torch.testing.assert_close(got.named()[key].cpu(), t)
+
+
 def test_drives_keep_their_expectation() -> None:
     """Over many draws, what a node that is there receives from a state is on average what all units send."""
     p = problem(WIDE)
     dropout = Dropout(WIDE, (0.25, 0.5, 0.0))
     generator = torch.Generator().manual_seed(0)
-    draws = [dropout.draw(generator) for _ in range(4000)]
+    draws = [dropout.draw(generator, dtype=torch.float64) for _ in range(4000)]
     rates = [1 - torch.stack([k]).mean() for k in (torch.cat([d.kept[i] for d in draws]) for i in (1, 2))]
     assert [float(r) for r in rates] == pytest.approx([0.25, 0.5], abs=0.02)
     assert draws[0].kept[0] is None

@@ -15,8 +15,10 @@ from ep_train import TrainConfig, Trainer, build_network, cli, resume, train
 from ep_train.data import Batches, load_dataset
 from ep_train.data.loader import cut_out
 from ep_train.feedforward import backprop_gradients, feedforward_states
+from ep_train.learners import Batch
 from ep_train.models import Model
 from ep_train.run_folder import read_metrics
+from ep_train.trainer import Diverged
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
 TINY = TrainConfig(
@@ -127,6 +129,54 @@ def test_a_free_phase_that_does_not_converge_is_reported(tmp_path: Path, capsys:
     assert "feedback" in capsys.readouterr().out
 
 
+def test_results_hold_no_states() -> None:
+    """They wait to be read, on a GPU many of them, and states are large."""
+    for options in ({}, {"warm_start": True}):
+        trainer = Trainer(replace(TINY, **options))
+        images, labels, indices = next(trainer.train.indexed(1))
+        assert trainer.learner.step(Batch(images, labels, indices, 1, 0)).states is None
+
+
+def test_warm_starts_are_evaluated_to_their_equilibrium() -> None:
+    config = replace(TINY, warm_start=True, free_steps=2)
+    assert config.evaluation_config().free_steps == 20
+    assert replace(config, evaluate_steps=7).evaluation_config().free_steps == 7
+    assert replace(TINY, free_steps=3).evaluation_config() == replace(TINY, free_steps=3).relax_config()
+
+
+def test_another_teacher_is_not_resumed_with(tmp_path: Path) -> None:
+    options = replace(TINY, method="backprop", model="vgg11_bn", width=0.0625, epochs=1)
+    _, teacher = train(replace(options, out=tmp_path / "teacher"))
+    student = replace(TINY, teacher=str(teacher), distill_logits=0.5, epochs=1, out=tmp_path / "student")
+    _, path = train(student)
+    assert json.loads((path / "config.json").read_text())["teacher"] == str(teacher.resolve())
+    train(replace(options, seed=1, out=teacher, overwrite=True))
+    with pytest.raises(ValueError, match="is not the one that this run was started with"):
+        resume(path, epochs=2, quiet=True)
+
+
+def test_a_module_keeps_its_buffers_when_a_batch_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(TINY, method="backprop", model="resnet18", width=0.0625, on_divergence="continue", epochs=1)
+    trainer = Trainer(replace(config, out=tmp_path / "run"))
+    step, count = trainer.learner.step, 0
+
+    def broken(batch: Any) -> Any:
+        nonlocal count
+        count += 1
+        return step(replace(batch, images=batch.images * float("inf")) if count == 2 else batch)
+
+    monkeypatch.setattr(trainer.learner, "step", broken)
+    (row,) = read_metrics(_after(trainer, 1, tmp_path / "run"))
+    assert row["skipped_batches"] == 1
+    assert all(bool(b.isfinite().all()) for b in trainer.model.buffers())
+
+
+def test_a_run_that_leaves_out_most_batches_ends(tmp_path: Path) -> None:
+    wild = replace(TINY, optimizer="sgd", lr=1e30, on_divergence="continue", out=tmp_path / "run")
+    with pytest.raises(Diverged, match="more than half of epoch 1 was left out"):
+        train(wild)
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_broken_batches_are_left_out_on_request(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(replace(TINY, epochs=1, on_divergence="continue", out=tmp_path / "run"))
@@ -139,6 +189,7 @@ def test_broken_batches_are_left_out_on_request(what: str, tmp_path: Path, monke
         if count not in (3, 9):
             return result
         if what == "loss":
+            next(trainer.model.parameters()).grad.fill_(1e3)  # type: ignore[union-attr]
             return replace(result, loss=torch.tensor(float("nan")))
         next(trainer.model.parameters()).grad.fill_(float("inf"))  # type: ignore[union-attr]
         return result
@@ -148,6 +199,7 @@ def test_broken_batches_are_left_out_on_request(what: str, tmp_path: Path, monke
     (row,) = read_metrics(path)
     assert row["skipped_batches"] == 2
     assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+    assert max(float(p.detach().abs().max()) for p in trainer.model.parameters()) < 5
 
 
 def test_a_teacher_is_trained_and_taught_from(tmp_path: Path) -> None:
@@ -187,6 +239,7 @@ def test_a_teacher_is_trained_and_taught_from(tmp_path: Path) -> None:
         ({"dropout": (0.1, 0.1, 0.1)}, "argument 'dropout'"),
         ({"model": "vgg11_bn"}, "argument 'model': expected --method backprop with vgg11_bn, got ep"),
         ({"layer_gain": (1.0,) * 5}, "gain"),
+        ({"model": "resnet18", "method": "backprop", "dropout": (0.1,)}, "arguments dropout: resnet18 is an ordinary"),
     ],
 )
 def test_what_does_not_fit(options: dict[str, Any], message: str) -> None:
@@ -199,9 +252,13 @@ def test_what_does_not_fit(options: dict[str, Any], message: str) -> None:
     [
         ({"warm_start": True, "flip": True}, "argument 'warm_start': expected no augmentation"),
         ({"linear_output": True}, "argument 'linear_output': expected --readout mse"),
-        ({"method": "bptt", "feedback": "separate"}, "expected --method ep, got bptt"),
+        ({"method": "bptt", "feedback": "separate"}, "argument 'feedback': expected --method ep with it, got bptt"),
+        ({"estimator": "contrastive"}, "argument 'estimator': contrastive needs --readout mse"),
+        ({"lr_min": 1.0}, "argument 'lr_min': expected at most --lr"),
+        ({"nesterov": True}, "argument 'nesterov'"),
+        ({"teacher_cache": Path("x")}, "argument 'teacher_cache'"),
         ({"momentum": 1.0}, "argument 'momentum'"),
-        ({"estimator": "coupled", "beta": 2.0}, "argument 'beta'"),
+        ({"estimator": "coupled", "readout": "mse", "beta": 2.0}, "argument 'beta'"),
     ],
 )
 def test_settings_that_exclude_each_other(options: dict[str, Any], message: str) -> None:

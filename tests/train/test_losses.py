@@ -16,7 +16,7 @@ from ep_kernels import Head, Network, Parameters, RelaxConfig, contrasted_states
 from ep_train.bptt import bptt_gradients, loss_at
 from ep_train.check import true_gradients
 from ep_train.distill import Distillation
-from ep_train.losses import AugmentedLoss, LocalErrors
+from ep_train.losses import AugmentedLoss, LocalErrors, maps_seed
 from ep_train.models import Model, build_network, initial_parameters
 from ep_train.teachers import Teacher, build_teacher
 from tests.core.nets import cosine
@@ -66,7 +66,9 @@ def test_local_heads() -> None:
     ("options", "message"),
     [
         ({"layers": "1,1"}, "argument 'layers': expected none, all, or different layers as 2,4,6, got '1,1'"),
+        ({"layers": "2,02"}, "argument 'layers': expected none, all, or different layers as 2,4,6, got '2,02'"),
         ({"layers": "0"}, "argument 'layers'"),
+        ({"layers": "1,,2"}, "argument 'layers'"),
         ({"layers": ""}, "argument 'layers'"),
         ({"weight": (math.nan,)}, "argument 'weight': expected finite numbers >= 0"),
         ({"weight": ()}, "argument 'weight'"),
@@ -162,6 +164,21 @@ def test_the_loss_is_the_one_that_was_asked_for() -> None:
             else:
                 want = want + weight * (1 - F.cosine_similarity(ours, theirs, 1)).flatten(1).mean(1)
         torch.testing.assert_close(got, want.mean(), rtol=1e-6, atol=1e-9)
+
+
+def test_maps_on_the_teachers_side_have_numbers_of_their_own() -> None:
+    """Not those that the first connection of the same run starts with; a seed gives the same ones everywhere."""
+    asked = Distillation(features=("1=features.2",), map="teacher")
+
+    def weight(seed: int) -> Tensor:
+        loss = AugmentedLoss(network(), CLASSES, distillation=asked, teacher=teacher(), seed=seed)
+        return next(iter(loss.parameters())).detach().flatten()
+
+    drawn, weights = weight(3), initial_parameters(network(), seed=3)["connections.0.weight"].flatten()
+    assert abs(float(cosine(drawn, weights[: len(drawn)]))) < 0.9
+    assert torch.equal(drawn, weight(3))
+    assert not torch.equal(drawn, weight(4))
+    assert (maps_seed(0), maps_seed(1)) == (2727535642803807669, 14371566222865304896)
 
 
 def test_without_terms_there_are_the_labels() -> None:

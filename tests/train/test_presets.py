@@ -7,9 +7,13 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+import torch
 
 from ep_kernels import Network, RelaxConfig
+from ep_train import Trainer
 from ep_train.config import TrainConfig
+from ep_train.data import Dataset
+from ep_train.learners import Batch
 from ep_train.models import build_network, initial_parameters
 from ep_train.presets import PRESETS, preset
 
@@ -87,3 +91,20 @@ def test_an_unknown_name() -> None:
     assert preset("laborieux2021-ce") is PRESETS["laborieux2021-ce"]
     with pytest.raises(ValueError, match=r"argument 'preset': expected one of laborieux2021-mse, .*, got 'lin2025'"):
         preset("lin2025")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_starts_a_run(name: str) -> None:
+    """As ``ep-train --preset`` does: a configuration, a trainer, and a step of it at a small width."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (12, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(12) % 4
+    names = tuple("abcd")
+    data = Dataset("random", images, labels, images[:4], labels[:4], names, (0.5,) * 3, (0.3,) * 3, "random")
+    values = {**PRESETS[name].values, "width": 1 / 64, "batch_size": 4, "threads": 1, "device": "cpu"}
+    short = {"free_steps": 4, "nudged_steps": 3, "epochs": 1, "operands": "float32", "storage": "float32"}
+    trainer = Trainer(TrainConfig(**{**values, **short}), dataset=data)
+    batch = next(trainer.train.indexed(1))
+    result = trainer.learner.step(Batch(*batch, 1, 0))
+    assert bool(result.loss.isfinite())
+    assert len(trainer.learner.model.state_dict()) > 5

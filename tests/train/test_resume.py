@@ -110,17 +110,17 @@ def test_a_stopped_run_keeps_what_was_learnt(number: signal.Signals, tmp_path: P
 def test_a_run_stopped_in_its_first_epoch_resumes_in_the_middle_of_it(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ep_train import trainer
+    from ep_train import learners
 
-    original, calls, before = trainer.ep_step, [], signal.getsignal(signal.SIGINT)
+    original, calls, before = learners.ep_step, [], signal.getsignal(signal.SIGINT)
 
-    def step(*args: Any) -> Any:
+    def step(*args: Any, **options: Any) -> Any:
         calls.append(len(calls))
         if len(calls) == 30:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(*args)
+        return original(*args, **options)
 
-    monkeypatch.setattr(trainer, "ep_step", step)
+    monkeypatch.setattr(learners, "ep_step", step)
     summary, path = train(TrainConfig(**OPTIONS, out=tmp_path / "run", quiet=True))
     assert (summary["status"], summary["epochs"]) == ("interrupted", 0)
     assert len(calls) == 30

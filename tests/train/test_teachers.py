@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -95,9 +97,14 @@ def test_hooks_are_removed() -> None:
 
 def test_names_are_checked() -> None:
     with pytest.raises(
-        ValueError, match=r"expected modules of the teacher \(normalise, features.0, .*, got 'features.99'"
+        ValueError, match=r"expected modules of the teacher \(features, normalise, .*, classifier\), got 'features.99'"
     ):
         Teacher(built(), image_shape=SHAPE, names=("features.99",))
+    blocks = (
+        r"expected modules of the teacher \(layer1.0, layer1.1, layer1, .*, layer4, normalise, conv1, .*\.\.\.\), got"
+    )
+    with pytest.raises(ValueError, match=blocks):  # what one wants comes first
+        Teacher(built("resnet18"), image_shape=SHAPE, names=("layer5",))
     with pytest.raises(ValueError, match=r"argument 'images': expected shape \[B, 3, 16, 16\], got \[4, 1, 16, 16\]"):
         Teacher(built(), image_shape=SHAPE).outputs(images(shape=(1, 16, 16)))
     with pytest.raises(ValueError, match=r"expected outputs of shape \[B, classes\], got \[1, 3, 16, 16\]"):
@@ -196,8 +203,48 @@ def test_an_ep_run(readout: Any, tmp_path: Path) -> None:
     assert teacher.classes == 10
     with pytest.raises(ValueError, match="expected a run of `ep-train teacher` with resnet18, got an EP run"):
         load_teacher(f"resnet18:{path}", image_shape=data.image_shape, classes=10)
-    with pytest.raises(ValueError, match="does not read these images"):
+    for shape in ((3, 8, 8), (1, 16, 16)):  # the second would fit the weights
+        found = "x".join(map(str, shape))
+        with pytest.raises(
+            ValueError, match=rf"expected a teacher of {found} images \(cifar10\), got one of 1x8x8 \(digi"
+        ):
+            load_teacher(str(path), image_shape=shape, classes=10, dataset="cifar10")
+    path = rewritten(path, lambda state: [state.pop(key) for key in ("dataset", "image_shape", "normalisation")])
+    with pytest.raises(ValueError, match="does not read these images"):  # of a folder that does not say
         load_teacher(str(path), image_shape=(3, 8, 8), classes=10)
+    load_teacher(str(path), image_shape=data.image_shape, classes=10, images=Normalisation((0.3,), (0.2,)))
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A run folder whose checkpoint was changed."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    change(state)
+    torch.save(state, folder / "new.pt")
+    (folder / "new.pt").replace(folder / "checkpoint.pt")
+    return folder
+
+
+@pytest.mark.parametrize("options", [{"model": "4-4p"}, {"model": "resnet18", "width": 0.1, "method": "backprop"}])
+def test_a_run_on_images_with_another_normalisation(
+    options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with another --train-limit: the teacher sees its own; a student of the same images changes nothing."""
+    path, data = run(tmp_path / "r", **options)
+    x = images(4, data.image_shape)
+    as_they_come = load_teacher(str(path), image_shape=data.image_shape, classes=10)
+    same = load_teacher(
+        str(path), image_shape=data.image_shape, classes=10, images=Normalisation.of(data), dataset=data.name
+    )
+    assert torch.equal(same.outputs(x)[0], as_they_come.outputs(x)[0])
+    assert not caplog.records
+    student = Normalisation((0.3,), (0.2,))
+    other = load_teacher(str(path), image_shape=data.image_shape, classes=10, images=student, dataset="folder:digits")
+    torch.testing.assert_close(other.outputs((x - 0.3) / 0.2)[0], same.outputs(x)[0], rtol=1e-4, atol=1e-5)
+    assert other.digest() != same.digest()
+    assert "was trained on digits, the student's images are of folder:digits" in caplog.text
+    rewritten(path, lambda state: state["normalisation"].update(mean=[0.3], std=[0.2]))
+    again = load_teacher(str(path), image_shape=data.image_shape, classes=10, images=Normalisation.of(data))
+    torch.testing.assert_close(again.outputs(x)[0], same.outputs((x - 0.3) / 0.2)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_by_backprop(tmp_path: Path) -> None:
@@ -294,3 +341,41 @@ def test_names_of_a_library(library: str, tmp_path: Path, monkeypatch: pytest.Mo
     torch.save(built().state_dict(), tmp_path / "v.pt")
     with pytest.raises(ValueError, match=f"does not fit {library}'s small"):
         load_teacher(f"{library}:small:{tmp_path / 'v.pt'}", image_shape=SHAPE, classes=5, images=UNIT)
+
+
+class Large(Small):
+    """One that cannot read small images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] < 32:
+            raise RuntimeError("Kernel size can't be greater than actual input size")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_what_goes_wrong_in_a_library(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each error says what to do, and is one that the command line shows as a line."""
+
+    def make(name: str, num_classes: int = 1000, weights: object = None, pretrained: bool = False) -> Large:
+        if name == "far" and (weights or pretrained):
+            raise URLError("no route to host")
+        if name == "broken":
+            raise TypeError("no such thing")
+        return Large(num_classes)
+
+    package = SimpleNamespace(
+        list_models=lambda: ["far", "broken", "large"], get_model=make, create_model=make, models=None
+    )
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=package))
+    monkeypatch.setitem(sys.modules, "torchvision.models", package)
+    monkeypatch.setitem(sys.modules, "timm", package)
+    torch.save(Small(5).state_dict(), tmp_path / "s.pt")
+    for spec, message in {
+        "far": rf"downloaded \(URLError: .*no route to host.*\): .* get the file and give {library}:far:PATH",
+        f"broken:{tmp_path / 's.pt'}": r"broken cannot be made \(TypeError: no such thing\): choose another",
+        "large": r"does not read 3x16x16 images \(RuntimeError: Kernel size.*\): choose a teacher for smaller ones",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load_teacher(f"{library}:{spec}", image_shape=SHAPE, classes=5, images=UNIT)
+    near = load_teacher(f"{library}:far:{tmp_path / 's.pt'}", image_shape=(3, 32, 32), classes=5, images=UNIT)
+    assert near.classes == 5

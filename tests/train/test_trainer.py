@@ -13,7 +13,7 @@ import torch
 
 import ep_train
 from ep_kernels import BackendError, backends
-from ep_train import Model, TrainConfig, Trainer, train, trainer
+from ep_train import TrainConfig, Trainer, learners, train, trainer
 from ep_train.run_folder import RunFolder, read_metrics
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
@@ -25,6 +25,10 @@ METRICS = {
     "train_accuracy",
     "test_accuracy",
     "residual",
+    "layer_residual",
+    "at_lo",
+    "at_hi",
+    "spectral_radius",
     "images_per_second",
     "seconds",
     "lr",
@@ -166,19 +170,19 @@ def test_images_are_augmented(tmp_path: Path) -> None:
 def signs_of(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, **trainer_state: Any) -> list[str]:
     """The estimator of every batch of an epoch."""
     seen: list[str] = []
-    original = trainer.ep_step
+    original = learners.ep_step
 
-    def record(model: Any, images: Any, labels: Any, relax: Any) -> Any:
+    def record(model: Any, images: Any, labels: Any, relax: Any, **options: Any) -> Any:
         seen.append(relax.estimator)
-        return original(model, images, labels, relax)
+        return original(model, images, labels, relax, **options)
 
-    monkeypatch.setattr(trainer, "ep_step", record)
+    monkeypatch.setattr(learners, "ep_step", record)
     made = Trainer(config)
     for name, value in trainer_state.items():
         setattr(made, name, value)
     with ep_train.progress.Progress(1, quiet=True) as progress:
         made.train_epoch(progress)
-    monkeypatch.setattr(trainer, "ep_step", original)
+    monkeypatch.setattr(learners, "ep_step", original)
     return seen
 
 
@@ -198,8 +202,9 @@ def test_random_sign_draws_both_and_the_same_again(monkeypatch: pytest.MonkeyPat
 # --- optimizer and learning rate --------------------------------------------------------------------------------------
 
 
-def small_model() -> Model:
-    return Model(ep_train.build_network("3-4p", (1, 8, 8), 2, local_heads=(1,)))
+def small_learner(**changes: Any) -> learners.Learner:
+    config = replace(TINY, **{"model": "3-4p", "local_heads": "1", **changes})
+    return learners.NetworkLearner(config, Trainer(TINY).dataset, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -207,12 +212,12 @@ def small_model() -> Model:
 )
 def test_optimizers(name: Any, kind: type) -> None:
     config = TrainConfig(optimizer=name, lr=0.2, layer_lr=(1.0, 0.5, 0.1), weight_decay=0.03)
-    m = small_model()
-    optimizer = trainer.make_optimizer(m, config)
+    learner = small_learner()
+    optimizer = trainer.make_optimizer(learner, config)
     assert type(optimizer) is kind
     rates = {id(g["params"][0]): g["lr"] for g in optimizer.param_groups}
     assert all(g["weight_decay"] == 0.03 for g in optimizer.param_groups)
-    assert {n: rates[id(p)] for n, p in m.named_parameters()} == {
+    assert {n: rates[id(p)] for n, p in learner.model.named_parameters()} == {
         "connections.0.weight": 0.2,
         "nodes.1.bias": 0.2,
         "heads.1.weight": 0.2,
@@ -222,17 +227,19 @@ def test_optimizers(name: Any, kind: type) -> None:
         "heads.0.weight": pytest.approx(0.02),
         "heads.0.bias": pytest.approx(0.02),
     }
-    plain = trainer.make_optimizer(m, replace(config, layer_lr=()))
+    plain = trainer.make_optimizer(learner, replace(config, layer_lr=()))
     assert {g["lr"] for g in plain.param_groups} == {0.2}
     if name == "sgd":
         assert {g["momentum"] for g in optimizer.param_groups} == {0.9}
+        other = trainer.make_optimizer(learner, TrainConfig(optimizer="sgd", nesterov=True, momentum=0.5))
+        assert {(g["nesterov"], g["momentum"]) for g in other.param_groups} == {(True, 0.5)}
 
 
 @pytest.mark.parametrize("factors", [(1.0,), (1.0, 1.0), (1.0,) * 4])
 def test_layer_lr_of_the_wrong_length(factors: tuple[float, ...]) -> None:
-    message = rf"argument 'layer_lr': expected 3 factors \(2 layers, then the readout\), got {len(factors)}"
+    message = rf"argument 'layer_lr': expected 3 factors \(bottom to top, .*\), got {len(factors)}"
     with pytest.raises(ValueError, match=message):
-        trainer.make_optimizer(small_model(), TrainConfig(layer_lr=factors))
+        trainer.make_optimizer(small_learner(), TrainConfig(layer_lr=factors))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +252,7 @@ def test_layer_lr_of_the_wrong_length(factors: tuple[float, ...]) -> None:
 )
 def test_learning_rate_schedules(schedule: Any, factor: Any) -> None:
     config = TrainConfig(lr=0.4, lr_schedule=schedule, layer_lr=(1.0, 1.0, 0.5))
-    optimizer = trainer.make_optimizer(small_model(), config)
+    optimizer = trainer.make_optimizer(small_learner(), config)
     scheduler = trainer.make_scheduler(optimizer, config, 10)
     for t in range(11):
         rates = [g["lr"] for g in optimizer.param_groups]
@@ -253,6 +260,26 @@ def test_learning_rate_schedules(schedule: Any, factor: Any) -> None:
         assert min(rates) == pytest.approx(0.2 * factor(t))
         optimizer.step()
         scheduler.step()
+
+
+def test_an_mse_readout_has_no_rate_of_its_own() -> None:
+    """Its output units are a layer: one factor for each layer, and none beside them."""
+    learner = small_learner(readout="mse", local_heads="none")
+    assert learner.layers == 3
+    rates = trainer.make_optimizer(learner, TrainConfig(lr=1.0, layer_lr=(0.1, 0.2, 0.3))).param_groups
+    assert sorted({group["lr"] for group in rates}) == pytest.approx([0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_learning_rate_ends_at_lr_min(schedule: Any) -> None:
+    optimizer = trainer.make_optimizer(small_learner(), TrainConfig(lr=0.4))
+    scheduler = trainer.make_scheduler(optimizer, TrainConfig(lr=0.4, lr_min=0.1, lr_schedule=schedule), 10)
+    rates = []
+    for _ in range(11):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert (rates[0], rates[5], rates[10]) == pytest.approx((0.4, 0.25, 0.1))
 
 
 def test_the_learning_rate_falls_to_zero_over_a_run(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
 
 from ep_kernels import RelaxConfig, free_phase
-from ep_train.warm import WarmStates
+from ep_train.warm import WarmStates, _group_limits
 from tests.core.nets import NETWORKS, problem
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
@@ -68,6 +69,10 @@ def test_a_checkpoint_restores_the_same_bits() -> None:
     second = WarmStates(NET, 5)
     second.load_state_dict(torch.load(file, weights_only=True))
     assert all(torch.equal(a, b) for a, b in zip(first.states, second.states, strict=True))
+    given = second.state_dict()
+    third = WarmStates(NET, 5)
+    third.load_state_dict(given)
+    assert all(a is b for a, b in zip(given["states"], third.states, strict=True))  # taken over, not copied
     with pytest.raises(ValueError, match="argument 'state': expected states of shapes"):
         WarmStates(NET, 6).load_state_dict(first.state_dict())
     with pytest.raises(ValueError, match="argument 'state': expected states of dtypes"):
@@ -84,6 +89,26 @@ def test_states_that_are_not_finite_start_again_from_zero() -> None:
     for s, state in zip(broken[1:], kept.states, strict=True):
         assert not bool(state[1].any())
         assert torch.equal(state[[0, 2]], s[[0, 2]].float())
+
+
+def test_the_limit_of_a_control_group(tmp_path: Path) -> None:
+    """Of both versions; the smallest of the groups that hold this process."""
+    own, groups = tmp_path / "own", tmp_path / "cgroup"
+    for folder, name, limit in (
+        ("", "memory.max", "max"),
+        ("job", "memory.max", "5000\n"),
+        ("job/step", "memory.max", "7000\n"),
+        ("memory/job", "memory.limit_in_bytes", "4000\n"),
+    ):
+        (groups / folder).mkdir(parents=True, exist_ok=True)
+        (groups / folder / name).write_text(limit)
+    own.write_text("0::/job/step\n")
+    assert sorted(_group_limits(groups, own)) == [5000, 7000]
+    own.write_text("5:cpu,cpuacct:/job\n4:memory:/job/step\n0::/\n")
+    assert _group_limits(groups, own) == [4000]
+    own.write_text("0::/../elsewhere\n")
+    assert _group_limits(groups, own) == []
+    assert _group_limits(groups, tmp_path / "none") == []
 
 
 def test_memory() -> None:

@@ -66,8 +66,13 @@ class LogitCache:
             self._write()
 
     def fill(self, teacher: Teacher, dataset: Dataset, device: torch.device) -> None:
-        """One pass of the teacher over the training images, in their order and normalised as batches are."""
-        batches = Batches(dataset, "train", batch_size=256, shuffle=False, drop_last=False, device=device)
+        """One pass of the teacher over the training images, in their order and normalised as batches are.
+
+        The images stay on the host: a device holds one batch of them at a time.
+        """
+        batches = Batches(
+            dataset, "train", batch_size=256, shuffle=False, drop_last=False, device=device, resident=False
+        )
         place = 0
         for images, _ in batches.epoch():
             self.put(torch.arange(place, place + len(images), device=device), teacher.outputs(images)[0])

@@ -51,10 +51,11 @@ class Distillation:
         _require(self.feature_loss in ("mse", "cosine"), "feature_loss", "mse or cosine", self.feature_loss)
         _require(self.map in ("student", "teacher"), "map", "student or teacher", self.map)
         if self.features != (AUTO,):
+            _require(AUTO not in self.features, "features", "auto alone, or pairs without it", " ".join(self.features))
             for pair in self.features:
                 layer, _, module = pair.partition("=")
                 ok = layer.isdecimal() and int(layer) > 0 and bool(module)
-                _require(ok, "features", "pairs as 3=features.7, or auto alone", pair)
+                _require(ok, "features", "pairs as 3=features.7, or auto", pair)
             count = len(self.feature_weight)
             ok = not self.features or count in (1, len(self.features))
             _require(ok, "feature_weight", f"one number or {len(self.features)} of them (features)", count)

@@ -106,7 +106,8 @@ def pair_features(network: Network, teacher: Teacher, distillation: Distillation
 
     ``auto`` takes the last node of every map size. Of the teacher's modules whose maps have that size (if there are
     any, else of all), it takes the one at the same fraction of the depth, counted in convolutions: the last such one to
-    be computed, that is after normalisation and nonlinearity (no convolution or normalisation itself).
+    be computed, that is after normalisation and nonlinearity: no convolution or normalisation, no block of these alone
+    (a shortcut), nothing that passes on what it is given.
 
     Raises:
         ValueError: a layer that the student does not have; nothing to pair.
@@ -120,11 +121,10 @@ def pair_features(network: Network, teacher: Teacher, distillation: Distillation
                 raise ValueError(f"Distillation: argument 'features': expected layers from 1 to {top}, got {pair!r}")
             pairs.append((int(layer), name))
         return pairs
-    linear = (nn.Conv2d, nn.modules.batchnorm._BatchNorm)
     layers = [
         (name, shape, convs)
         for name, shape, convs in teacher.layers()
-        if len(shape) == 3 and not isinstance(teacher.module.get_submodule(name), linear)
+        if len(shape) == 3 and not _linear(teacher.module.get_submodule(name))
     ]
     last = {network.shapes[i][1:]: i for i in range(1, top + 1) if len(network.shapes[i]) == 3}
     if not layers or not last:
@@ -143,3 +143,9 @@ def pair_features(network: Network, teacher: Teacher, distillation: Distillation
         least = min(gaps.values())
         pairs.append((node, [name for name in same if gaps[name] <= least + 1e-9][-1]))
     return pairs
+
+
+def _linear(module: nn.Module) -> bool:
+    """It consists of convolutions and normalisations alone."""
+    kinds = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.Identity)
+    return all(isinstance(part, kinds) for part in module.modules() if not list(part.children()))

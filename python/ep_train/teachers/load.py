@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,7 @@ from .teacher import IMAGENET, Normalisation, Teacher
 WHERE = "load_teacher: argument 'spec'"
 LIBRARIES = ("torchvision", "timm")
 
-
-class _Images(NamedTuple):
-    """What a network depends on of a dataset."""
-
-    image_shape: tuple[int, int, int]
-    classes: int
+_log = logging.getLogger(__name__)
 
 
 class EquilibriumTeacher(nn.Module):
@@ -62,6 +58,7 @@ def load_teacher(
     classes: int,
     names: Sequence[str] = (),
     images: Normalisation | None = None,
+    dataset: str | None = None,
 ) -> Teacher:
     """A teacher, on the CPU.
 
@@ -71,26 +68,30 @@ def load_teacher(
             * ``NAME:PATH``: a name of ``TEACHERS`` and a state dict (.pt, .safetensors) or a run folder of
               ``ep-train teacher``;
             * ``PATH``: a run folder of ``ep-train teacher``, or of ``ep-train``: an EP network, whose features are the
-              states of its nodes (``nodes.3``). It reads batches as they come, so it must be of the same dataset;
+              states of its nodes (``nodes.3``). Images are brought to the normalisation that the run had; they must
+              have the shape that it had;
             * ``torchvision:NAME`` or ``timm:NAME`` (or ``NAME`` alone, looked up in that order): pretrained on
               ImageNet, downloaded by the library; ``torchvision:NAME:PATH`` with the weights in PATH. Of another number
               of classes it has features, and no logits for this dataset.
         image_shape: (C, H, W) of the batches.
         classes: of the dataset: a state dict of another number of classes still loads, and serves features.
         names: modules to watch.
-        images: how the batches are normalised; only teachers that normalise pixels themselves need it.
+        images: how the batches are normalised; teachers that normalise pixels themselves need it, and without it a run
+            folder's reads batches as they come.
+        dataset: what the images are of (``Dataset.name``): a run folder of another one is worth a warning in the log.
 
     Raises:
         ValueError: nothing of that name, a file that cannot be read (files are read with ``weights_only``) or does not
-            fit, a library that is not installed.
+            fit, a run on images of another shape, a library that is not installed, weights that cannot be downloaded,
+            a module that does not read images of this shape.
     """
     name, _, rest = spec.partition(":")
     if rest and name in TEACHERS:
-        return _own(name, Path(rest), image_shape, names, images)
+        return _own(name, Path(rest), image_shape, names, images, dataset)
     if rest and name in LIBRARIES:
         return _library((name,), rest, image_shape, classes, names, images)
     if spec and Path(spec).exists():
-        return _run_folder(Path(spec), None, image_shape, names, images)
+        return _run_folder(Path(spec), None, image_shape, names, images, dataset)
     if not spec or any(c in spec for c in "/\\"):
         expected = f"NAME:PATH, a run folder that is there, or a name of {' or '.join(LIBRARIES)}"
         raise ValueError(f"{WHERE}: expected {expected}, got {spec!r}")
@@ -98,10 +99,15 @@ def load_teacher(
 
 
 def _own(
-    name: str, path: Path, image_shape: tuple[int, int, int], names: Sequence[str], images: Normalisation | None
+    name: str,
+    path: Path,
+    image_shape: tuple[int, int, int],
+    names: Sequence[str],
+    images: Normalisation | None,
+    dataset: str | None,
 ) -> Teacher:
     if path.is_dir():
-        return _run_folder(path, name, image_shape, names, images)
+        return _run_folder(path, name, image_shape, names, images, dataset)
     return _built(name, _state_dict(path), str(path), image_shape, names, images)
 
 
@@ -112,6 +118,7 @@ def _built(
     image_shape: tuple[int, int, int],
     names: Sequence[str],
     images: Normalisation | None,
+    reads: Normalisation | None = None,
 ) -> Teacher:
     """One of ours with these weights; their shapes say its width and its number of classes."""
     if STEM[name] not in state or HEAD[name] not in state:
@@ -135,7 +142,7 @@ def _built(
     normalise = module.normalise
     assert isinstance(normalise, Normalise)
     pixels = Normalisation((0.0,) * image_shape[0], (1.0,) * image_shape[0])
-    reads = pixels if normalise.reads_pixels else None
+    reads = pixels if normalise.reads_pixels else reads
     return Teacher(module, image_shape=image_shape, names=names, images=images, reads=reads, identity=name)
 
 
@@ -145,6 +152,7 @@ def _run_folder(
     image_shape: tuple[int, int, int],
     names: Sequence[str],
     images: Normalisation | None,
+    dataset: str | None,
 ) -> Teacher:
     from .. import checkpoint
     from ..learners import network_of  # which loads teachers
@@ -155,28 +163,61 @@ def _run_folder(
     config_path = path / "config.json"
     try:
         values = json.loads(config_path.read_text())
-        state = torch.load(path / checkpoint.NAME, weights_only=True, map_location="cpu")["model"]
+        stored = torch.load(path / checkpoint.NAME, weights_only=True, map_location="cpu", mmap=True)
+        state = stored["model"]
     except Exception as error:  # torch.load raises many kinds; each means the same here
         raise ValueError(f"{WHERE}: {path} is not a run folder with a config.json and a checkpoint: {error}") from error
+    reads = _trained_on(path, stored, image_shape, images, dataset)
     if not any(key.startswith("connections.") for key in state):
         found = values.get("model")
         if name is None and found not in TEACHERS:
             raise ValueError(f"{WHERE}: expected NAME:{path}, as its config.json names none of {', '.join(TEACHERS)}")
-        return _built(name or str(found), state, str(path), image_shape, names, images)
+        return _built(name or str(found), state, str(path), image_shape, names, images, reads)
     if name is not None:
         raise ValueError(f"{WHERE}: expected a run of `ep-train teacher` with {name}, got an EP run: {path}")
     config = config_from_json(config_path)
     outputs = state["heads.0.weight"].shape[0] if "heads.0.weight" in state else _last_bias(state)
-    network = network_of(config, _Images(image_shape, outputs))  # type: ignore[arg-type]
+    network = network_of(config, image_shape, outputs)
     model = Model(network)
     wanted = model.state_dict().keys()  # without the heads that its training had beside the readout
     try:
         model.load_state_dict({key: tensor for key, tensor in state.items() if key in wanted})
     except RuntimeError as error:
         raise ValueError(f"{WHERE}: the EP network in {path} does not read these images: {error}") from error
-    relax = None if config.method == "backprop" else config.relax_config()
+    relax = None if config.method == "backprop" else config.evaluation_config()
     module = EquilibriumTeacher(model, relax)
-    return Teacher(module, image_shape=image_shape, names=names, images=images, identity=f"{network}{relax}")
+    return Teacher(
+        module, image_shape=image_shape, names=names, images=images, reads=reads, identity=f"{network}{relax}"
+    )
+
+
+def _trained_on(
+    path: Path,
+    stored: Mapping[str, Any],
+    image_shape: tuple[int, int, int],
+    images: Normalisation | None,
+    dataset: str | None,
+) -> Normalisation | None:
+    """How a run's network wants its images, by its checkpoint; None: as they come (the same, or not known)."""
+    theirs = stored.get("dataset", "other images")
+    ours = "these images" if dataset is None else dataset
+    shape = tuple(stored.get("image_shape", image_shape))
+    if shape != tuple(image_shape):
+        raise ValueError(
+            f"{WHERE}: expected a teacher of {_sizes(image_shape)} images ({ours}), got one of {_sizes(shape)} "
+            f"({theirs}) in {path}"
+        )
+    if dataset is not None and "dataset" in stored and theirs != dataset:
+        _log.warning("the teacher in %s was trained on %s, the student's images are of %s", path, theirs, ours)
+    kept = stored.get("normalisation")
+    if kept is None or images is None:
+        return None
+    reads = Normalisation(tuple(kept["mean"]), tuple(kept["std"]))
+    return None if reads == images else reads
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _last_bias(state: Mapping[str, Tensor]) -> int:
@@ -211,16 +252,32 @@ def _library(
             options["num_classes"] = last[-1].shape[0] if last else classes
             if library == "timm":
                 options["pretrained"] = False
-        module = make(name, **options)
+        try:
+            module = make(name, **options)
+        except Exception as error:  # of downloads and of both libraries: many kinds
+            kind = type(error).__name__
+            if state is None:
+                what = "could not be had with its pretrained weights, which are downloaded"
+                what += f" ({kind}: {error}): try again with a network connection, or get the file and give "
+                raise ValueError(f"{WHERE}: {library}'s {name} {what}{library}:{name}:PATH") from error
+            raise ValueError(f"{WHERE}: {library}'s {name} cannot be made ({kind}: {error}): choose another") from error
         if state is not None:
             try:
                 module.load_state_dict(state)
             except RuntimeError as error:
                 raise ValueError(f"{WHERE}: {rest} does not fit {library}'s {name}: {error}") from error
         reads = _timm_reads(module) if library == "timm" else IMAGENET
-        return Teacher(
-            module, image_shape=image_shape, names=names, images=images, reads=reads, identity=f"{library}:{name}"
-        )
+        try:
+            return Teacher(
+                module, image_shape=image_shape, names=names, images=images, reads=reads, identity=f"{library}:{name}"
+            )
+        except ValueError:
+            raise
+        except Exception as error:  # of a pass: modules for larger images say so in many ways
+            raise ValueError(
+                f"{WHERE}: {library}'s {name} does not read {_sizes(image_shape)} images ({type(error).__name__}: "
+                f"{error}): choose a teacher for smaller ones, or train one (ep-train teacher)"
+            ) from error
     message = f"{WHERE}: expected NAME:PATH with one of {', '.join(TEACHERS)}, a run folder, or a pretrained name"
     if absent:
         message += f" (not installed here: {', '.join(absent)}; pip install {' '.join(absent)})"

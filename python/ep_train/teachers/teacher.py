@@ -110,8 +110,8 @@ class Teacher(nn.Module):
         known = dict(self.module.named_modules())
         for name in names:
             if name not in known or not name:
-                leaves = [n for n, m in known.items() if n and not list(m.children())]
-                shown = ", ".join(leaves[:40]) + (", ..." if len(leaves) > 40 else "")
+                names = self._worth_watching()
+                shown = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
                 raise ValueError(f"Teacher: argument 'names': expected modules of the teacher ({shown}), got {name!r}")
         self.names = tuple(dict.fromkeys(names))
 
@@ -135,15 +135,28 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def layers(self) -> list[tuple[str, tuple[int, ...], int]]:
-        """Every module in the order of its last call: name, output shape of one image, convolutions so far."""
+        """Every module in the order of its last call: name, output shape of one image, convolutions so far.
+
+        Those that only pass on what they are given (nn.Identity, a dropout in evaluation mode) are left out.
+        """
         calls: dict[str, tuple[tuple[int, ...], int]] = {}
+        given: dict[str, tuple[Tensor, int]] = {}  # to modules that are running; how often it has been written to
         convolutions = 0
+
+        def enter(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+                if arguments and isinstance(arguments[0], Tensor):
+                    given[name] = arguments[0], arguments[0]._version
+
+            return hook
 
         def note(name: str, kind: nn.Module) -> Hook:
             def hook(_: nn.Module, __: object, output: object) -> None:
                 nonlocal convolutions
                 convolutions += isinstance(kind, nn.Conv2d) and max(kind.kernel_size) > 1
-                if isinstance(output, Tensor):
+                entered, version = given.pop(name, (None, 0))
+                passed_on = entered is not None and output is entered and entered._version == version
+                if isinstance(output, Tensor) and not passed_on:  # one that works in place has written to it
                     calls.pop(name, None)
                     calls[name] = (tuple(output.shape[1:]), convolutions)
 
@@ -151,6 +164,7 @@ class Teacher(nn.Module):
 
         parts = [(n, m) for n, m in self.module.named_modules() if n]
         hooks = [module.register_forward_hook(note(name, module)) for name, module in parts]
+        hooks += [module.register_forward_pre_hook(enter(name)) for name, module in parts]
         try:
             self.module.eval()(self._read(self._blank()))
         finally:
@@ -169,6 +183,14 @@ class Teacher(nn.Module):
             total.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return total.hexdigest()
+
+    def _worth_watching(self) -> list[str]:
+        """Names of modules: blocks that put out maps, in order, then single modules that do, then the others."""
+        layers = self.layers()
+        maps = [name for name, shape, _ in layers if len(shape) == 3]
+        blocks = [name for name in maps if list(self.module.get_submodule(name).children())]
+        single = [name for name in maps if name not in blocks]
+        return [*blocks, *single, *(name for name, shape, _ in layers if len(shape) != 3)]
 
     def _blank(self) -> Tensor:
         return torch.zeros(1, *self.image_shape, device=self._scale.device, dtype=self._scale.dtype)
