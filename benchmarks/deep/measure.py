@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.deep.tables import Run
+from benchmarks.deep.tables import Run, Values
 from benchmarks.machine import cpu_name, revision
 from ep_kernels import Parameters, RelaxConfig, free_phase, nudged_gradients
 from ep_train.check import compare, true_gradients
@@ -43,12 +43,14 @@ def run(chosen: Run, folder: Path) -> None:
     )
     made.write_config(asdict(config))
     summary = trainer.run(made)
+    if summary["status"] != "finished":  # a signal ended it
+        raise SystemExit(f"{chosen.name}: {summary['status']}")
     result = {
         "table": chosen.table,
         "row": chosen.row,
         "column": chosen.column,
         "seed": chosen.seed,
-        "values": dict(chosen.values),
+        "values": without_places(chosen.values),
         "summary": summary,
         "epochs": read_metrics(made.path),
         "gradient": {"before": before, "after": probe(trainer)},
@@ -59,6 +61,14 @@ def run(chosen: Run, folder: Path) -> None:
     part = folder / f"{RESULT}.part"
     part.write_text(text)
     part.rename(folder / RESULT)
+
+
+def without_places(values: Values) -> dict[str, Any]:
+    """A configuration without the folders of the teacher and of the images."""
+    places = {"teacher": "TEACHER"} if values.get("teacher") else {}
+    if str(values.get("dataset", "")).startswith("folder:"):
+        places["dataset"] = "folder:PATH"
+    return {**values, **places}
 
 
 def probe(trainer: Trainer) -> dict[str, Any]:

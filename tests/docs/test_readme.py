@@ -11,12 +11,18 @@ import pytest
 import tyro
 
 from ep_train.check import CheckConfig
-from ep_train.cli import ResumeConfig
+from ep_train.cli import TEACHER, RecipeConfig, ResumeConfig, started_from
 from ep_train.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")))
-COMMANDS: dict[str, type] = {"train": TrainConfig, "check": CheckConfig, "resume": ResumeConfig}
+COMMANDS: dict[str, type] = {
+    "train": TrainConfig,
+    "teacher": TrainConfig,
+    "check": CheckConfig,
+    "resume": ResumeConfig,
+    "recipe": RecipeConfig,
+}
 SOURCES = ("ep_kernels/**/*.py", "python/**/*.py", "csrc/**/*", "setup.py", "CMakeLists.txt", "Makefile")
 
 
@@ -33,7 +39,7 @@ def blocks(page: str, language: str) -> list[tuple[int, str]]:
 
 def command_lines(page: str, program: str) -> list[str]:
     """Shell commands that start with ``program``: in blocks of sh, and inline."""
-    lines = [line for _, block in blocks(page, "sh") for line in block.splitlines()]
+    lines = [line for _, block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
     lines += [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text(page))]
     return [line for line in lines if line.startswith(f"{program} ")]
 
@@ -62,11 +68,18 @@ def test_command_lines_parse(page: str) -> None:
         assert lines
     for line in lines:
         arguments = shlex.split(line, comments=True)[1:]
-        if "--help" in arguments:
+        if "--help" in arguments or arguments[-2:] == ["--preset", "list"]:
             continue
         command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
+        if "--config" in arguments:  # a file that is not there
+            at = arguments.index("--config")
+            del arguments[at : at + 2]
         try:
-            tyro.cli(COMMANDS[command], args=arguments)
+            if command in ("train", "teacher"):
+                start = TEACHER if command == "teacher" else started_from(arguments, TrainConfig())
+                tyro.cli(TrainConfig, args=arguments, default=start)
+            elif arguments:
+                tyro.cli(COMMANDS[command], args=arguments)
         except SystemExit:
             pytest.fail(f"{page}: ep-train does not accept: {line}")
 
