@@ -165,7 +165,7 @@ def damage_config(path: Path, **changes: Any) -> None:
         ("wrong type", "config.json: not a configuration of ep-train: "),
         ("wrong value", "argument 'beta': expected a finite number > 0, got -1"),
         ("wrong device", "argument 'device': expected auto, cpu, cuda or cuda:N, got 'tpu'"),
-        ("no device", "argument 'device': expected auto, cpu, cuda or cuda:N, got 7"),
+        ("no device", "argument 'device': expected str, got 7"),
         ("other model", "the checkpoint does not fit config.json: "),
         ("metrics", "metrics.jsonl, line 1: not JSON"),
     ],
