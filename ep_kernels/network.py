@@ -330,23 +330,11 @@ class Network:
             f"one number or {len(channels)} of them",
             str(len(paddings)),
         )
-        shapes: list[Shape] = [tuple(input_shape)]
-        connections: list[Connection] = []
-        for width, pool, pad in zip(channels, pools, paddings, strict=True):
-            i = len(shapes)
-            conn = Connection(i - 1, i, (kernel_size, kernel_size), (1, 1), (pad, pad), pool)
-            height, wide = conn.map_size(*shapes[-1][1:])
-            if pool != "none":
-                height, wide = height // 2, wide // 2
-            _require(
-                height > 0 and wide > 0,
-                "Network.chain",
-                "pools, padding",
-                f"a map of at least 1x1 after convolution {i}",
-                f"{height}x{wide} (from an input of {input_shape[1]}x{input_shape[2]})",
-            )
-            shapes.append((width, height, wide))
-            connections.append(conn)
+        connections = [
+            Connection(i - 1, i, (kernel_size, kernel_size), (1, 1), (pad, pad), pool)
+            for i, (pool, pad) in enumerate(zip(pools, paddings, strict=True), 1)
+        ]
+        shapes = _maps("Network.chain", "pools, padding", input_shape, channels, connections)
         return _with_readout(
             "Network.chain", shapes, connections, classes, hidden, readout, linear_output, local_heads, local_weight,
             local_pool, feedback_gain, slope, lo, hi, feedback,
@@ -381,23 +369,35 @@ class Network:
         """
         where = "Network.graph"
         _require(len(channels) > 0, where, "channels", "at least one width", repr(channels))
-        shapes: list[Shape] = [tuple(input_shape)]
-        for node, width in enumerate(channels, 1):
-            first = next((c for c in connections if c.dst == node), None)
-            ok = first is not None and first.kernel_size is not None
-            _require(ok, where, "connections", f"a convolution into node {node}", repr(first))
-            assert first is not None
-            height, wide = first.map_size(*shapes[first.src][1:])
-            if first.pool != "none":
-                height, wide = height // 2, wide // 2
-            expected = f"a map of at least 1x1 at node {node}"
-            got = f"{height}x{wide} (from an input of {input_shape[1]}x{input_shape[2]})"
-            _require(height > 0 and wide > 0, where, "connections", expected, got)
-            shapes.append((width, height, wide))
+        shapes = _maps(where, "connections", input_shape, channels, connections)
         return _with_readout(
             where, shapes, list(connections), classes, hidden, readout, linear_output, local_heads, local_weight,
             local_pool, feedback_gain, slope, lo, hi, feedback,
         )  # fmt: skip
+
+
+def _maps(
+    where: str,
+    argument: str,
+    input_shape: tuple[int, int, int],
+    channels: Sequence[int],
+    connections: Sequence[Connection],
+) -> list[Shape]:
+    """The input's shape, and the map of every node: what its first connection makes of its source's."""
+    shapes: list[Shape] = [tuple(input_shape)]
+    for node, width in enumerate(channels, 1):
+        first = next((c for c in connections if c.dst == node), None)
+        ok = first is not None and first.kernel_size is not None
+        _require(ok, where, argument, f"a convolution into node {node}", repr(first))
+        assert first is not None
+        height, wide = first.map_size(*shapes[first.src][1:])
+        if first.pool != "none":
+            height, wide = height // 2, wide // 2
+        expected = f"a map of at least 1x1 at node {node}"
+        got = f"{height}x{wide} (from an input of {input_shape[1]}x{input_shape[2]})"
+        _require(height > 0 and wide > 0, where, argument, expected, got)
+        shapes.append((width, height, wide))
+    return shapes
 
 
 def _with_readout(

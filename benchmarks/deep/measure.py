@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from ep_train.check import compare, true_gradients
 from ep_train.config import TrainConfig
 from ep_train.feedforward import backprop_gradients
 from ep_train.learners import NetworkLearner
-from ep_train.run_folder import RunFolder, read_metrics, to_json
-from ep_train.trainer import Trainer
+from ep_train.run_folder import read_metrics, to_json
+from ep_train.trainer import Trainer, new_folder
 
 PROBE = 64  # training images that the gradient is looked at with
 CONVERGE = 60  # sweeps to the equilibrium of the true gradient, and again as many through which BPTT goes
@@ -33,15 +33,7 @@ def run(chosen: Run, folder: Path) -> None:
     config = TrainConfig(**chosen.values, out=folder / "run", overwrite=True, quiet=True)
     trainer = Trainer(config)
     before = probe(trainer)
-    made = RunFolder.create(
-        config.out,
-        dataset=config.dataset,
-        model=config.model_name,
-        method=config.method,
-        seed=config.seed,
-        overwrite=True,
-    )
-    made.write_config(asdict(config))
+    made = new_folder(config)
     summary = trainer.run(made)
     if summary["status"] != "finished":  # a signal ended it
         raise SystemExit(f"{chosen.name}: {summary['status']}")

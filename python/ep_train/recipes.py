@@ -20,7 +20,7 @@ from ep_kernels.network import Head, Shape
 from ep_kernels.plan import Drive, Launch, Nudge, Plan, Step, compile_plan
 
 from .config import TrainConfig
-from .models import build_network
+from .learners import network_of
 
 # Stated peaks of dense float16 tensor-core products with float32 sums, in operations (two a multiply-add) a second:
 # the vendor's data sheets.
@@ -261,17 +261,7 @@ class Recipe:
 
     def network(self) -> Network:
         """The network that the run trains."""
-        config = self.config()
-        return build_network(
-            config.model_name,
-            self.input_shape,
-            self.classes,
-            width=config.width,
-            pool=config.pool,
-            readout=config.readout,
-            feedback_gain=config.feedback_gain,
-            slope=config.slope,
-        )
+        return network_of(self.config(), self.input_shape, self.classes)
 
     def estimate(self) -> Estimate:
         """Cost of its batches."""

@@ -402,6 +402,16 @@ class Trainer:
 def train(config: TrainConfig) -> tuple[dict[str, Any], Path]:
     """Start a run; returns its summary and folder."""
     trainer = Trainer(config)
+    folder = new_folder(config)
+    return trainer.run(folder), folder.path
+
+
+def new_folder(config: TrainConfig) -> RunFolder:
+    """The folder of a run that begins, with its configuration in it.
+
+    Raises:
+        RunFolderError: see :meth:`RunFolder.create`.
+    """
     folder = RunFolder.create(
         config.out,
         dataset=config.dataset,
@@ -411,7 +421,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], Path]:
         overwrite=config.overwrite,
     )
     folder.write_config(dataclasses.asdict(portable(config)))
-    return trainer.run(folder), folder.path
+    return folder
 
 
 def portable(config: TrainConfig) -> TrainConfig:

@@ -149,7 +149,7 @@ def test_defaults_and_classical_settings() -> None:
         ),
         (
             lambda: Network.chain((1, 4, 4), [2] * 3, ["max"] * 3, classes=2),
-            "expected a map of at least 1x1 after convolution 3, got 0x0 (from an input of 4x4)",
+            "expected a map of at least 1x1 at node 3, got 0x0 (from an input of 4x4)",
         ),
         (
             lambda: Network.chain((1, 4, 4), [2], ["max"], classes=2, readout="svm"),
