@@ -89,7 +89,7 @@ def gains(results: Sequence[Result], figure: Figure) -> None:
 
 
 def _panels(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
-    titles = {"depth": "4 epochs", "classical": "classical settings, 2 epochs"}
+    titles = {"depth": "4 epochs", "classical": "classical settings, 1 epoch"}
     found = [(title, [r for r in results if r["table"] == table]) for table, title in titles.items()]
     return [(title, mine) for title, mine in found if mine]
 

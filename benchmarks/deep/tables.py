@@ -179,9 +179,9 @@ TABLES = {
     table.name: table
     for table in (
         Table("depth", "accuracy and gradient against depth", _depth_cells, epochs=4),
-        Table("classical", "classical EP against depth", _classical_cells, epochs=2),
+        Table("classical", "classical EP against depth", _classical_cells, epochs=1),
         Table("gain", "the feedback gain", _gain_cells, epochs=3),
         Table("cifar", "CIFAR-10 (JPEG q75), 10,000 training images", _cifar_cells, epochs=4),
-        Table("stability", "what settings do to convergence and accuracy", _stability_cells, epochs=3),
+        Table("stability", "what settings do to convergence and accuracy", _stability_cells, epochs=2),
     )
 }
