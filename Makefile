@@ -32,8 +32,9 @@ format: $(VENV)/.dev ## rewrite the sources as ruff and clang-format want them
 	$(RUN) ruff format .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
 
-bench: $(VENV)/.train ## the benchmark suite on this CPU
-	$(RUN) benchmarks.cpu
+bench: $(VENV)/.train ## the benchmark suite on this CPU (about 10 minutes), and its tables in docs/performance.md
+	$(RUN) benchmarks run cpu
+	$(RUN) benchmarks report
 
 wheel: $(VENV)/.test ## dist/ep_kernels-*.whl
 	rm -rf build/lib* build/bdist* # else files deleted since the last wheel come back

@@ -19,7 +19,7 @@ from ep_train.learners import NetworkLearner
 from ep_train.run_folder import read_metrics, to_json
 from ep_train.trainer import Trainer, new_folder
 
-PROBE = 64  # training images that the gradient is looked at with
+PROBE = {"classical": 16}  # training images that the gradient is looked at with; of other tables 50, a batch
 CONVERGE = 60  # sweeps to the equilibrium of the true gradient, and again as many through which BPTT goes
 RESULT = "result.json"
 
@@ -32,7 +32,8 @@ def run(chosen: Run, folder: Path) -> None:
         raise ValueError(f"run: no options of ep-train: {', '.join(sorted(unknown))}")
     config = TrainConfig(**chosen.values, out=folder / "run", overwrite=True, quiet=True)
     trainer = Trainer(config)
-    before = probe(trainer)
+    count = PROBE.get(chosen.table, 50)
+    before = probe(trainer, count)
     made = new_folder(config)
     summary = trainer.run(made)
     if summary["status"] != "finished":  # a signal ended it
@@ -45,7 +46,7 @@ def run(chosen: Run, folder: Path) -> None:
         "values": without_places(chosen.values),
         "summary": summary,
         "epochs": read_metrics(made.path),
-        "gradient": {"before": before, "after": probe(trainer)},
+        "gradient": {"before": before, "after": probe(trainer, count), "images": count},
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
         "revision": revision(),
     }
@@ -63,8 +64,8 @@ def without_places(values: Values) -> dict[str, Any]:
     return {**values, **places}
 
 
-def probe(trainer: Trainer) -> dict[str, Any]:
-    """Norm of the gradient of every connection, and its cosine to the true gradient of the same loss.
+def probe(trainer: Trainer, count: int) -> dict[str, Any]:
+    """Norm of the gradient of every connection on ``count`` images, and its cosine to the true one of the same loss.
 
     The true gradient is BPTT to convergence from the free phase's own end (of backprop, that of backprop itself).
     """
@@ -73,7 +74,7 @@ def probe(trainer: Trainer) -> dict[str, Any]:
     network, model = learner.network, learner.model
     parameters = model.tensors()
     images, labels, indices = next(trainer.train.indexed(0))
-    images, labels, indices = images[:PROBE], labels[:PROBE], indices[:PROBE]
+    images, labels, indices = images[:count], labels[:count], indices[:count]
     targets = learner.loss.targets(images, labels, indices)
     if config.method == "backprop":
         found, _, _ = backprop_gradients(network, parameters, images, targets)

@@ -123,7 +123,7 @@ def _classical_cells(teacher: str) -> Iterator[tuple[str, str, Values]]:
 
 def _stability_cells(teacher: str) -> Iterator[tuple[str, str, Values]]:
     """One setting changed at a time, on 8 layers."""
-    base = {**FASHION, "model": DEPTHS[8]}
+    base = {**FASHION, "train_limit": 5_000, "model": DEPTHS[8]}
     gain_half = {"feedback_gain": 0.5}
     for row, values in (
         ("defaults: k 0.1, sweep, 4 + 3, Adam", {}),
@@ -182,6 +182,6 @@ TABLES = {
         Table("classical", "classical EP against depth", _classical_cells, epochs=1),
         Table("gain", "the feedback gain", _gain_cells, epochs=3),
         Table("cifar", "CIFAR-10 (JPEG q75), 10,000 training images", _cifar_cells, epochs=4),
-        Table("stability", "what settings do to convergence and accuracy", _stability_cells, epochs=2),
+        Table("stability", "what settings do (8 layers, 5,000 training images)", _stability_cells, epochs=2),
     )
 }

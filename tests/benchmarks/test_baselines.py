@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import ep_kernels
-from benchmarks.baselines import AutogradLoop, Convolutions, FeedForward, backprop
+from benchmarks.baselines.published import AutogradLoop, Convolutions, FeedForward, backprop
+from benchmarks.baselines.unrolled import bptt, checkpointed
+from benchmarks.problem import sweep_flops
 from ep_kernels import Network, Parameters, RelaxConfig
 from ep_train.models import initial_parameters
 
@@ -73,8 +75,39 @@ def test_weak_feedback_approaches_backprop(problem):
 
 
 def test_convolutions_are_those_of_a_sweep(problem):
-    """As many as the plan emits for a steady free sweep."""
+    """As many as the plan emits for a steady free sweep, with as many operations as are counted for ours."""
     network, parameters, _, _ = problem
     plan = ep_kernels.compile_plan(network, "sweep", "free")
     per_sweep = plan.convolutions(9) - plan.convolutions(8)
-    assert 2 * len(Convolutions(network, parameters, 2).jobs) == per_sweep == 4
+    alone = Convolutions(network, parameters, 2)
+    assert 2 * len(alone.jobs) == per_sweep == 4
+    assert alone.flops() == sweep_flops(network, 2)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_the_loop_in_turn_is_our_sweep(problem, local):
+    """With our gain and order it goes through our states; the two terms that hold a layer are enough for it."""
+    network, parameters, x, labels = problem
+    network = replace(network, feedback_gain=0.3)
+    loop = AutogradLoop(network, parameters, gain=0.3, in_turn=True, local=local)
+    config = RelaxConfig(free_steps=4, over_relaxation=1.0)
+    ours = ep_kernels.free_phase(network, parameters, x, config)
+    theirs = loop.relax(x, 4)
+    for a, b in zip(ours.states[1:], theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    config = replace(config, nudged_steps=2, beta=0.1, form="states", winners="live")
+    targets = ep_kernels.targets_for(network, labels, 4, x.dtype)
+    gradients, _ = ep_kernels.ep_gradients(network, parameters, x, targets, config)
+    for a, b in zip(gradients.weights, loop.batch(x, labels, 4, 2, 0.1), strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_checkpointing_changes_no_gradient(problem, steps):
+    network, parameters, x, labels = problem
+    network = replace(network, feedback_gain=0.3)
+    targets = ep_kernels.targets_for(network, labels, 4, x.dtype)
+    config = RelaxConfig(free_steps=steps)
+    expected = bptt(network, parameters, x, targets, config, steps).named()
+    for name, found in checkpointed(network, parameters, x, targets, config).named().items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-9, atol=1e-12)
