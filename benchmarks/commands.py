@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.case import Row
-from benchmarks.runner import run
+from benchmarks.runner import LOGS, run
 
-LOGS = "EP_KERNELS_BENCH_LOGS"  # folder for the commands' output
 OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 NAME = re.compile(rf"tests/\S+::.+?(?=\s+{OUTCOME.pattern}|$)")
 DAY = 86_400.0

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.__main__ import RESULTS, add_setting, result_file, setting_of
-from benchmarks.commands import LOGS
 from benchmarks.registry import Question, named
 from benchmarks.runner import RunError, Runner, run
 from benchmarks.setting import Setting
@@ -72,7 +71,6 @@ def everything(args: argparse.Namespace, setting: Setting, asked: list[Question]
         raise RunError(f"the compiled library of this checkout is needed: {error}")
     out = args.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS)
     runner = Runner(setting, out / result_file(setting).name, command, minutes=args.minutes, restart=args.restart)
-    os.environ[LOGS] = str(out)
     with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) // 2)) as pool:
         warming = Warming(setting, pool, out / "warm.log") if setting.cuda and not setting.quick else None
 

@@ -47,12 +47,15 @@ def cpu_peak(function: str, *arguments: object, timeout: float = 600) -> int:
         arguments: as JSON can carry them.
 
     Raises:
-        Unavailable: no /proc, or the process failed.
+        Unavailable: no /proc, or the process failed or took longer than ``timeout`` seconds.
     """
     command = [sys.executable, "-m", "benchmarks.memory", function, json.dumps(arguments)]
     paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, **ALLOCATOR, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"peak memory of {function}: stopped after {timeout:.0f} s") from error
     if done.returncode != 0:
         raise Unavailable(f"peak memory of {function}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
     return int(json.loads(done.stdout.splitlines()[-1])["peak"])

@@ -77,6 +77,7 @@ def questions() -> dict[str, Question]:
         relax_step,
         roofline,
         sanitizer,
+        scaling,
         sweep,
         train_batch,
     )
@@ -96,6 +97,7 @@ def questions() -> dict[str, Question]:
         depth,
         batch,
         cold_start,
+        scaling,
     )
     return {module.QUESTION.name: module.QUESTION for module in modules}
 

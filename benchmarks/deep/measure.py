@@ -19,7 +19,7 @@ from ep_train.learners import NetworkLearner
 from ep_train.run_folder import read_metrics, to_json
 from ep_train.trainer import Trainer, new_folder
 
-PROBE = {"classical": 16}  # training images that the gradient is looked at with; of other tables 50, a batch
+PROBE = {"classical": 16, "cifar": 8}  # training images for the look at the gradient; else 50, a batch
 CONVERGE = 60  # sweeps to the equilibrium of the true gradient, and again as many through which BPTT goes
 RESULT = "result.json"
 

@@ -259,7 +259,7 @@ def draw(rows: Sequence[Row], figure: Any) -> None:
         axes.set_xscale("log")
         axes.set_xlabel("ms: an import, or the first call")
         axes.set_title(case)
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
 
 
 QUESTION = Question(

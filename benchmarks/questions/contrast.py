@@ -158,6 +158,6 @@ QUESTION = Question(
         "source is the clamped input)"
     ),
     draw=layers.draw,
-    seconds={"cpu": 55.0, "cuda": 80.0},
+    seconds={"cpu": 55.0, "cuda": 20.0},
     wgmma=True,
 )

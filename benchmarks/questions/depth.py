@@ -141,6 +141,8 @@ def draw(rows: Sequence[Row], figure: Any) -> None:
         at = range(1, len(row["layers"]) + 1)
         (line,) = right.semilogy(at, [layer["norm"] for layer in row["layers"]], marker="o", label=row["model"])
         right.semilogy(at, [layer["true_norm"] for layer in row["layers"]], ":", color=line.get_color())
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     to = next((row["ratio"]["to"] for row in mine if row.get("ratio")), "backprop")
     finish(left, f"EP batch / {to}", "convolutions", "ratio of times")
     finish(right, f"{first} (dotted: the true gradient)", "layer", "norm of the weights' gradient")

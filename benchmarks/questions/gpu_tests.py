@@ -30,5 +30,5 @@ QUESTION = Question(
     cases,
     lines,
     conditions="all but the slow ones, half the cores' number of processes",
-    seconds={"cuda": 100.0},
+    seconds={"cuda": 90.0},
 )

@@ -313,6 +313,6 @@ QUESTION = Question(
     ),
     draw=draw,
     targets=targets,
-    seconds={"cpu": 30.0, "cuda": 25.0},
+    seconds={"cpu": 30.0, "cuda": 20.0},
     wgmma=True,
 )

@@ -398,5 +398,5 @@ QUESTION = Question(
     ),
     draw=draw,
     targets=targets,
-    seconds={"cpu": 100.0, "cuda": 90.0},
+    seconds={"cpu": 100.0, "cuda": 40.0},
 )

@@ -171,6 +171,6 @@ QUESTION = Question(
         "feedback of the layer above, damping and clip"
     ),
     draw=layers.draw,
-    seconds={"cpu": 50.0, "cuda": 110.0},
+    seconds={"cpu": 50.0, "cuda": 40.0},
     wgmma=True,
 )

@@ -57,5 +57,5 @@ QUESTION = Question(
     cases,
     lines,
     conditions="one process, one call a test, torch's caching allocator off",
-    seconds={"cuda": 90.0},
+    seconds={"cuda": 60.0},
 )

@@ -219,7 +219,7 @@ def report(args: argparse.Namespace, runs: Sequence[Measured], command: str) -> 
     for found in (r for r in runs if r["processes"] > 1):
         print(f"mean gradient of {found['processes']} processes against that of the whole batch: relative error "
               f"{found['error']:.1e} in float32 (at most {job.tolerance:.0e})")  # fmt: skip
-    print("\n".join(["", *lines(rows), "", *(f"* {note}" for note in notes)]))
+    print("\n".join(["", *lines(rows)]))
     if job.device == "cpu" and len(runs) > 1:
         print("* processes on one machine share its memory bandwidth: the first prediction reckons with the "
               "computation of one process alone, the second with that of all at once")  # fmt: skip

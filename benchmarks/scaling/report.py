@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.case import Row
-from benchmarks.markdown import ms, number, table
+from benchmarks.markdown import ms, number, table, without_figures
 from benchmarks.scaling.measure import Job
 from benchmarks.scaling.model import (
     ETHERNET,
@@ -237,7 +237,7 @@ def fit_x(found: Measured, name: str) -> list[int]:
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """Markdown: steps, the check of the model, predictions."""
+    """Markdown: steps, the check of the model, predictions and what they assume."""
     steps = [row for row in rows if "measured_ms" in row]
     out = table(
         ("processes", "step", "images a process", "ms (quantiles 0.2 to 0.8)", "compute", "exchange", "optimizer",
@@ -271,7 +271,8 @@ def lines(rows: Sequence[Row]) -> list[str]:
         head = (f"{kind}: nodes x {each}", "images a process", "predicted ms", "of it exchange", "images/s",
                 "efficiency", "bound with overlap: ms", "efficiency")  # fmt: skip
         out += ["", *table(head, cells)]
-    return out
+    notes = [note for row in rows for note in row.get("assumptions", ())]
+    return [*out, "", *(f"* {note}" for note in notes), *without_figures(rows)]
 
 
 def where(row: Row) -> str:

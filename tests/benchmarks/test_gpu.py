@@ -41,7 +41,6 @@ def test_unknown_question(capsys):
 def test_the_whole_command_on_a_cpu(tmp_path, monkeypatch, capsys):
     """One question, its report beside it, and nothing left of the run under way."""
     monkeypatch.delenv("OUT", raising=False)
-    monkeypatch.setenv(commands.LOGS, "")
     given = ["roofline", "--device", "cpu", "--quick", "--threads", "1", "--out", str(tmp_path)]
     assert gpu.main(given) == 0
     assert "2 rows, 2 with figures" in capsys.readouterr().out

@@ -167,6 +167,27 @@ def test_time_is_shared(tmp_path, monkeypatch):
     assert given["b"] == pytest.approx(120, abs=2)  # a took none of its share
 
 
+def test_what_had_no_time_is_made_up_by_the_same_command(tmp_path, monkeypatch):
+    def run(command, log, seconds, extra):
+        part, question = Path(command[3]), command[4]
+        status = "skipped" if question == "late" and not ready else "ok"
+        append(part, {"question": question, "case": "c", "status": status, "rows": [{"name": status}]})
+        return 0
+
+    monkeypatch.setattr(runners, "run", run)
+    ready: list[int] = []
+    asked = [Question(name, "", lambda _: [], list, "") for name in ("first", "late")]
+    first = started(tmp_path)
+    first.ask(asked)
+    assert "1 cases have had no time" in first.notes["to be made"]
+    ready.append(1)
+    second = started(tmp_path)
+    second.ask(asked)
+    assert not second.notes
+    assert [row["name"] for row in load(second.out)] == ["ok", "ok"]
+    assert not second.part.exists()
+
+
 def test_a_child_is_stopped_with_what_it_started(tmp_path):
     began = time.time()
     assert runners.run(["sh", "-c", "sleep 50 & sleep 50"], tmp_path / "log", 1) is None
