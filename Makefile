@@ -16,10 +16,11 @@ help: ## this list
 train: $(VENV)/.train ## set up, then train on the digits with the defaults of ep-train
 	$(VENV)/bin/ep-train
 
+# A thread for each process: threads of several would wait for each other.
 test: $(VENV)/.test ## set up, then ruff, mypy and every test
 	$(RUN) ruff check .
 	$(RUN) mypy
-	$(RUN) pytest
+	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.dev ## ruff, mypy and clang-format, changing nothing
 	$(RUN) ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import signal
 import sys
 from pathlib import Path
 
@@ -145,5 +146,11 @@ def compare(args: argparse.Namespace, command: str) -> int:
     return 0
 
 
+def stop_by_signal(*_: object) -> None:
+    """A run that is told to end ends what it started, too."""
+    raise SystemExit(143)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop_by_signal)
     sys.exit(main())

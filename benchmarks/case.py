@@ -102,14 +102,13 @@ def compete(
             ready[c.name] = timed
         except Unavailable as why:  # noqa: PERF203 - one that fails loses no other
             rows[c.name] |= {"status": "unavailable", "reason": str(why)}
-        except TimeoutError:
-            raise  # of the whole case
         except Wrong as why:
             rows[c.name] |= {"status": "wrong", "reason": short(why)}
         except Exception as why:
             traceback.print_exc()
             rows[c.name] |= {"status": "failed", "reason": short(why)}
     gc.collect()
+    broke: dict[str, Exception] = {}
     times = interleave(
         {name: timed.work for name, timed in ready.items()},
         rounds=2 if setting.quick else setting.rounds,
@@ -118,7 +117,10 @@ def compete(
         device=setting.device,
         share={name: timed.calls for name, timed in ready.items()},
         most={c.name: c.rounds for c in competitors if c.rounds is not None},
+        failed=broke,
     )
+    for name, why in broke.items():
+        rows[name] |= {"status": "failed", "reason": short(why)}
     for name, found in times.items():
         row = rows[name]
         row |= {"status": "ok", **found.row(), "name": name}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.case import Row
+from benchmarks.rows import TimeIsUp
 from benchmarks.runner import LOGS, run
 
 OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
@@ -49,7 +50,7 @@ def run_tests(command: Sequence[str], log: Path, extra: dict[str, str] | None = 
     stopped = ""
     try:
         code = run(command, log, DAY, extra)
-    except TimeoutError as error:  # of the case
+    except TimeIsUp as error:  # of the case
         stopped = f"{error}: the counts are of what ended before"
     text = log.read_text(errors="replace") if log.exists() else ""
     row: Row = {"seconds": time.perf_counter() - began, **outcomes(text), "tail": text[-1500:]}

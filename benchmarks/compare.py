@@ -11,13 +11,18 @@ from benchmarks import registry
 from benchmarks.case import Row
 from benchmarks.machine import device_name
 from benchmarks.registry import Question
-from benchmarks.report import date_of, device_of, newest, revision_of, stored, values
+from benchmarks.report import date_of, device_of, latest, newest, revision_of, stored, values
 from benchmarks.runner import RunError
 from benchmarks.setting import Setting
 from benchmarks.worktree import Commit, measure_both
 
 MEMORY = 0.05  # relative difference of peak memory that is said
 COSINE = 0.005  # fall of a cosine that is said
+TIME = 0.02  # relative difference of medians below which nothing is faster or slower, whatever the spread
+ROUNDS = 3  # below which quantiles say nothing
+COSINES = ("cosine", "smallest", "cosine_least")  # columns; of tensors there is the dictionary ``cosines``
+RATES = {"tflops": "TFLOP/s", "tb_per_s": "TB/s"}  # columns of work over the median time
+COLUMNS = {"models": "model", "batches": "batch", "precisions": "precision", "backends": "backend"}  # of a Setting
 CONDITIONS = ("threads", "python", "torch", "triton", "cuda", "driver")  # that two measurements should share
 Key = tuple[str, str, str, int]  # question, case, name, and which of those that share them
 Rows = dict[Key, Row]
@@ -68,6 +73,7 @@ def stored_rows(commit: Commit, results: Path, setting: Setting, device: str, na
     """Those of the revision, and the newest ones of the same questions."""
     here = [row for row in stored(results) if device_of(row) == device]
     here = [row for row in here if (not names or row["question"] in names) and setting.only in row["case"]]
+    here, notes = chosen(here, setting)
     old = newest(row for row in here if commit.wrote(row))
     if not old:
         known = values(here, revision_of)
@@ -75,12 +81,44 @@ def stored_rows(commit: Commit, results: Path, setting: Setting, device: str, na
         raise RunError(f"no rows of {commit.short} on {device} in {results}: {there}; --run measures it now")
     places = {(row["question"], row["case"]) for row in old}
     asked = {row["question"] for row in old}
-    new = [row for row in newest(here) if row["question"] in asked and not commit.wrote(row)]
+    tried = latest(row for row in here if row["status"] != "skipped")  # a failure since is news, too little time is not
+    new = [row for row in tried if row["question"] in asked and not commit.wrote(row)]
     since = {(row["question"], row["case"]) for row in new}
     if not places & since:
         raise RunError(f"the newest rows on {device} in {results} are those of {commit.short}; --run measures both now")
-    notes = [f"{question}: {case}: not measured since {commit.short}" for question, case in sorted(places - since)]
+    notes += [f"{question}: {case}: not measured since {commit.short}" for question, case in sorted(places - since)]
     return [row for row in old if (row["question"], row["case"]) in since], new, notes
+
+
+def chosen(rows: Sequence[Row], setting: Setting) -> tuple[list[Row], list[str]]:
+    """Rows of the models, batches, precisions and backends that were asked for; and what that leaves out.
+
+    A row without such a column (a baseline, a case that failed) goes by those of its case.
+
+    Raises:
+        RunError: none is left, with the values that there are.
+    """
+    left, notes = list(rows), []
+    for option, column in COLUMNS.items():
+        asked = {str(value) for value in getattr(setting, option)}
+        if not asked or not rows:
+            continue
+        of_case: dict[tuple[str, str], set[str]] = {}
+        for row in rows:
+            of_case.setdefault((row["question"], row["case"]), set()).update(own(row, column))
+        silent = sorted({question for (question, _), found in of_case.items() if not found})
+        notes += [f"{question}: left out, where rows do not say their {column}" for question in silent]
+        left = [row for row in left if asked & (own(row, column) or of_case[row["question"], row["case"]])]
+        if not left:
+            known = ", ".join(sorted(set().union(*of_case.values()))) or "none"
+            given = f"--{column} {' '.join(sorted(asked))}"
+            raise RunError(f"{given}: no stored rows are left; a {column} that stored rows have: {known}")
+    return left, notes
+
+
+def own(row: Row, column: str) -> set[str]:
+    """Its value, as the command line has it (the opt-in loop of a backend is that backend's)."""
+    return set() if row.get(column) is None else {str(row[column]).removesuffix("-wgmma")}
 
 
 def stored_names(results: Path, device: str, setting: Setting) -> list[str]:
@@ -103,9 +141,9 @@ def measure(commit: Commit, setting: Setting, names: Sequence[str]) -> Sides:
 
 
 def merged(passes: Sequence[Sequence[Row]]) -> list[Row]:
-    """One row of each name: the widest interval, the median of medians, of memory and of cosines.
+    """One row of each name: the widest interval, the median of medians, of memory and of cosines, the rate to match.
 
-    A row that is not ok in some pass is not ok.
+    A row that is not ok in some pass is not ok. Its rounds are those of all passes.
     """
     groups: dict[Key, list[Row]] = {}
     for rows in passes:
@@ -123,10 +161,17 @@ def one(group: Sequence[Row]) -> Row:
     if all("ms" in r for r in group):
         pool: tuple[tuple[str, Callable[[Iterable[float]], float]], ...] = (("0.2", min), ("0.5", median), ("0.8", max))
         row["ms"] = {q: take([r["ms"][q] for r in group]) for q, take in pool}
-    for key in ("memory", "cosine"):
+    if all("rounds" in r for r in group):
+        row["rounds"] = sum(r["rounds"] for r in group)
+    for key in RATES:  # the work of all passes is the same
+        if row.get(key) and "ms" in row:
+            row[key] *= group[0]["ms"]["0.5"] / row["ms"]["0.5"]
+    for key in ("memory", *COSINES):
         found = [r[key] for r in group if r.get(key) is not None]
         if found:
             row[key] = median(found)
+    if all("cosines" in r for r in group):
+        row["cosines"] = {name: median(r["cosines"].get(name, c) for r in group) for name, c in row["cosines"].items()}
     return row
 
 
@@ -146,11 +191,16 @@ def keyed(rows: Iterable[Row]) -> Rows:
 
 @dataclass
 class Comparison:
-    """Lines for people, by what happened; ``compared``: rows with figures on both sides, ``same``: of them, in ms."""
+    """Lines for people, by what happened.
+
+    ``compared``: rows with figures on both sides. Of those with times, ``same`` are within the spread, and ``few`` have
+    too few rounds on a side.
+    """
 
     found: dict[str, list[str]] = field(default_factory=dict)
     compared: int = 0
     same: int = 0
+    few: int = 0
 
     TITLES = ("slower", "faster", "more memory", "less memory", "smaller cosine", "without figures now",
               "with figures now", "gone", "new")  # fmt: skip
@@ -195,17 +245,39 @@ class Comparison:
             if abs(y - x) > MEMORY * x:
                 text = f"{x / 2**20:.1f} MiB before, {y / 2**20:.1f} now{f' ({y / x:.3g} times)' if x else ''}"
                 self.add("more memory" if y > x else "less memory", key, text)
-        if a.get("cosine") is not None and b.get("cosine") is not None and not b["cosine"] >= a["cosine"] - COSINE:
-            self.add("smaller cosine", key, f"{a['cosine']:.4f} before, {b['cosine']:.4f} now")
+        for column in COSINES:
+            self.cosines(key, "" if column == "cosine" else f"{column} ", {"": a.get(column)}, {"": b.get(column)})
+        self.cosines(key, "of ", a.get("cosines", {}), b.get("cosines", {}))
+
+    def cosines(self, key: Key, what: str, a: Row, b: Row) -> None:
+        """By tensor; the one that fell most, and how many fell. NaN is the smallest of all."""
+        pairs = {name: (a[name], b[name]) for name in a if a[name] is not None and b.get(name) is not None}
+        fell = {name: (x, y) for name, (x, y) in pairs.items() if x == x and not y >= x - COSINE}
+        if not fell:
+            return
+        worst = max(fell, key=lambda name: fell[name][0] - fell[name][1] if fell[name][1] == fell[name][1] else 3.0)
+        others = f" ({len(fell)} of {len(pairs)} are smaller)" if len(fell) > 1 else ""
+        self.add("smaller cosine", key, f"{what}{worst}{': ' if worst else ''}{fell[worst][0]:.4f} before, "
+                 f"{fell[worst][1]:.4f} now{others}")  # fmt: skip
 
     def times(self, key: Key, a: Row, b: Row) -> None:
-        """Beyond the spread: the intervals of quantiles 0.2 to 0.8 have nothing in common."""
-        x, y = a["ms"], b["ms"]
-        if y["0.2"] > x["0.8"] or y["0.8"] < x["0.2"]:
-            title = "slower" if y["0.5"] > x["0.5"] else "faster"
-            self.add(title, key, f"{interval(a)} ms before, {interval(b)} now: {y['0.5'] / x['0.5']:.3g} times")
-        else:
+        """Beyond the spread: the intervals of quantiles 0.2 to 0.8 have nothing in common, the medians differ by more
+        than TIME. Where both sides have a rate, it decides: the work need not be the same.
+        """
+        if min(a.get("rounds", ROUNDS), b.get("rounds", ROUNDS)) < ROUNDS:
+            self.few += 1
+            return
+        rate = next((c for c in RATES if a.get(c) and b.get(c)), None)
+        work = 1.0 if rate is None else a[rate] * a["ms"]["0.5"] / (b[rate] * b["ms"]["0.5"])
+        x, y = a["ms"], {q: work * value for q, value in b["ms"].items()}
+        if abs(y["0.5"] - x["0.5"]) <= TIME * abs(x["0.5"]) or not (y["0.2"] > x["0.8"] or y["0.8"] < x["0.2"]):
             self.same += 1
+            return
+        text = f"{interval(a)} ms before, {interval(b)} now: {y['0.5'] / x['0.5']:.3g} times"
+        if rate is not None:
+            other = "" if abs(work - 1) < TIME else " the same work, which changed"
+            text += f"{other}; {a[rate]:.4g} {RATES[rate]} before, {b[rate]:.4g} now"
+        self.add("slower" if y["0.5"] > x["0.5"] else "faster", key, text)
 
     def lines(self) -> list[str]:
         """What was found, then how much was compared."""
@@ -214,7 +286,8 @@ class Comparison:
             if title in self.found:
                 out += [f"{title}:", *self.found[title], ""]
         counts = ", ".join(f"{len(self.found.get(title, []))} {title}" for title in self.TITLES[:2])
-        return [*out, f"{self.compared} rows compared: {counts}, {self.same} within the spread"]
+        out.append(f"{self.compared} rows compared: {counts}, {self.same} within the spread or {100 * TIME:.0f} %")
+        return [*out, f"{self.few} rows have too few rounds to tell"] if self.few else out
 
 
 def interval(row: Row) -> str:

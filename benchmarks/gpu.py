@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.__main__ import RESULTS, add_setting, result_file, setting_of
+from benchmarks.__main__ import RESULTS, add_setting, result_file, setting_of, stop_by_signal
 from benchmarks.registry import Question, named
 from benchmarks.runner import RunError, Runner, run
 from benchmarks.setting import Setting
@@ -33,7 +35,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", default=["gpu"], metavar="NAME", help="questions (default: all)")
     add_setting(parser)
     parser.set_defaults(threads=os.cpu_count() or 2)
-    parser.add_argument("--out", type=Path, help="folder (default: $OUT, or benchmarks/results)")
+    parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results; copied to $OUT if that is set)")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for everything (default 8)")
     parser.add_argument("--restart", action="store_true", help="do not go on with a run that was stopped")
     parser.add_argument("--dry-run", action="store_true", help="list the cases")
@@ -69,17 +71,22 @@ def everything(args: argparse.Namespace, setting: Setting, asked: list[Question]
     error = _library.load_error()
     if setting.cuda and error is not None:  # the checkout's package hides an installed one
         raise RunError(f"the compiled library of this checkout is needed: {error}")
-    out = args.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS)
+    out = args.out or RESULTS
     runner = Runner(setting, out / result_file(setting).name, command, minutes=args.minutes, restart=args.restart)
     with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) // 2)) as pool:
-        warming = Warming(setting, pool, out / "warm.log") if setting.cuda and not setting.quick else None
+        names = [question.name for question in asked]
+        compiles = setting.cuda and not setting.quick
+        warming = Warming(setting, names, pool, out / "warm.log") if compiles else None
 
         def before(question: Question) -> None:
             if warming is not None and question.name not in CHECKS:
                 warming.finish()
 
         runner.ask(asked, before)
-    report_into(out)
+    given = os.environ.get("OUT")  # a machine that gives back this folder only
+    if given:
+        copy_into(Path(given), runner)
+    report_into(Path(given) if given else out, out)
     print(summary(runner))
     return 1 if any(row["status"] in ("failed", "wrong") for row in runner.written) else 0
 
@@ -87,12 +94,12 @@ def everything(args: argparse.Namespace, setting: Setting, asked: list[Question]
 class Warming:
     """Compiling beside the tests, in several processes: figures are taken on a device that does nothing else."""
 
-    def __init__(self, setting: Setting, pool: ThreadPoolExecutor, log: Path) -> None:
+    def __init__(self, setting: Setting, asked: Sequence[str], pool: ThreadPoolExecutor, log: Path) -> None:
         from benchmarks.warm import names
 
         self.log, self.until = log, time.time() + WARM_LIMIT
         self.text = setting.json()
-        self.futures: list[Future[None]] = [pool.submit(self._one, name) for name in names(setting)]
+        self.futures: list[Future[None]] = [pool.submit(self._one, name) for name in names(setting, asked)]
 
     def _one(self, name: str) -> None:
         left = self.until - time.time()
@@ -105,14 +112,23 @@ class Warming:
         self.futures = []
 
 
-def report_into(out: Path) -> None:
+def copy_into(folder: Path, runner: Runner) -> None:
+    """The results and the logs; a run under way stays where the same command looks for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    logs = [path for path in runner.out.parent.glob("*.log") if path.stat().st_mtime >= runner.began]
+    for path in (runner.out, *logs):
+        if path.exists():
+            shutil.copy(path, folder)
+
+
+def report_into(folder: Path, results: Path) -> None:
     """Tables and pictures beside the results; figures are in the JSON, so a table is no reason to lose the rest."""
     from benchmarks.report import write
 
     try:
-        page = out / "report.md"
+        page = folder / "report.md"
         page.write_text(PAGE)
-        write(out, page, out / "img")
+        write(results, page, folder / "img")
     except Exception as error:
         print(f"report: {type(error).__name__}: {error}")
 
@@ -133,4 +149,5 @@ def summary(runner: Runner) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop_by_signal)
     sys.exit(main())

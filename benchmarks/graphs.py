@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+
+from benchmarks.case import check
 
 Work = Callable[[], object]
 
 
-def captured(works: Sequence[Work], *, least: float = 2e-3) -> tuple[Work, int]:
+def captured(
+    works: Sequence[Work], verify: Callable[[Any], float], limit: float, *, least: float = 2e-3
+) -> tuple[Work, int]:
     """``works`` one after the other as one call, and how many of them that call runs.
 
     Args:
         works: the same work on different inputs (see :func:`sets_beyond_cache`).
+        verify: relative error of what a work returns, asked of what the first replay leaves there (a capture computes
+            nothing): a graph that missed something must not look fast.
+        limit: above which it is wrong.
         least: seconds that a replay lasts at least (the works are captured repeatedly).
+
+    Raises:
+        Wrong: the replay's error is above ``limit``.
     """
     if not torch.cuda.is_available():
         return (lambda: [work() for work in works]), len(works)
@@ -26,23 +37,27 @@ def captured(works: Sequence[Work], *, least: float = 2e-3) -> tuple[Work, int]:
             for work in works:
                 work()
     torch.cuda.current_stream().wait_stream(side)
-    graph = _capture(works, 1)
+    graph, outputs = _capture(works, 1)
     graph.replay()
+    torch.cuda.synchronize()
+    for output in outputs:
+        check(verify(output), limit)
+    del outputs
     once = min(_replay_seconds(graph) for _ in range(3))
     passes = max(1, min(math.ceil(least / max(once, 1e-7)), 2000 // len(works)))
     if passes > 1:
-        graph = _capture(works, passes)
+        graph, _ = _capture(works, passes)
     return graph.replay, passes * len(works)
 
 
-def _capture(works: Sequence[Work], passes: int) -> torch.cuda.CUDAGraph:
+def _capture(works: Sequence[Work], passes: int) -> tuple[torch.cuda.CUDAGraph, list[object]]:
+    """The graph, and what the works of its last pass returned."""
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph, outputs = torch.cuda.CUDAGraph(), []
     with torch.cuda.graph(graph):
         for _ in range(passes):
-            for work in works:
-                work()
-    return graph
+            outputs = [work() for work in works]
+    return graph, outputs
 
 
 def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:

@@ -7,6 +7,7 @@ L2 cache; on a CPU it is called.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor
 from benchmarks.case import Case, Competitor, Row, Timed, check, compete
 from benchmarks.graphs import captured, sets_beyond_cache
 from benchmarks.markdown import good, ms, number, ratio, table, without_figures
+from benchmarks.problem import COMPILED as MODES
 from benchmarks.problem import (
     PRECISIONS,
     Precision,
@@ -27,19 +29,22 @@ from benchmarks.problem import (
     connection_flops,
     label,
     network_of,
+    precisions,
     problem_of,
+    size_of,
     tf32,
 )
 from benchmarks.questions.roofline import against_roof
 from benchmarks.setting import Setting
 from benchmarks.timing import Times
-from ep_kernels import Connection, Network, RelaxConfig, free_phase
+from ep_kernels import Connection, Network, RelaxConfig, backends, free_phase
 
 SWEEPS = 3  # of the relaxation whose states are read
-EAGER = "eager PyTorch"  # what ratios are to
+EAGER = "eager PyTorch"  # what ratios are to; on a GPU baselines also name what they compute in
 ALONE = "its convolutions alone"
 REFERENCE = "reference (eager ops)"
 COMPILED = "torch.compile"
+SETS = 6  # input sets at most: with all competitors ready at once, more of them would fill a small GPU
 Make = Callable[[], Timed]
 Tensors = tuple[Tensor | None, ...]
 
@@ -88,6 +93,10 @@ class Layer:
         """The matmul rate of that dtype."""
         return "fp16" if self.setting.cuda else "fp32"
 
+    def baseline(self, name: str) -> str:
+        """Name of what PyTorch computes; on a GPU, where ours has several precisions, with that of this one."""
+        return f"{name}, {self.rate}" if self.setting.cuda else name
+
     @property
     def key(self) -> str:
         """Of its case."""
@@ -115,6 +124,12 @@ def _nothing(_: Layer) -> dict[str, Make]:
     return {}
 
 
+def _forget() -> None:
+    """Give back what backends keep of a case."""
+    gc.collect()
+    backends.release()
+
+
 @dataclass(frozen=True)
 class Op:
     """One of the ops, as the questions and ``benchmarks/test_ops.py`` run it.
@@ -126,6 +141,7 @@ class Op:
         flops: operations of a call.
         precisions: of ours, that the op has.
         more: other competitors of ours.
+        forget: called after each case, whatever became of it.
     """
 
     name: str
@@ -135,6 +151,7 @@ class Op:
     flops: Callable[[Layer], int]
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     more: Callable[[Layer], dict[str, Make]] = field(default=_nothing)
+    forget: Callable[[], None] = field(default=_forget)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -147,7 +164,7 @@ def network_at(setting: Setting, model: str) -> Network:
     Raises:
         ValueError: it is no chain of convolutions with stride 1, which is all that PyTorch's side is written for.
     """
-    network = network_of(model, 8 if setting.quick else 32)
+    network = network_of(model, size_of(setting))
     for i in range(1, len(network.shapes)):
         into, out_of = network.into[i], network.out_of[i]
         conn = network.connections[into[0]]
@@ -207,9 +224,9 @@ def timed(
     if not cuda:
         return Timed(lambda: run(tensors), lambda: error(run(tensors)), limit, values=values)
     found = check(error(run(tensors)), limit)
-    count = sets_beyond_cache(sum(t.numel() * t.element_size() for t in tensors if t is not None))
+    count = sets_beyond_cache(sum(t.numel() * t.element_size() for t in tensors if t is not None), limit=SETS)
     sets = [tuple(None if t is None else t.clone() for t in tensors) for _ in range(count)]
-    replay, calls = captured([partial(run, given) for given in sets])
+    replay, calls = captured([partial(run, given) for given in sets], error, limit)
     return Timed(replay, lambda: found, limit, calls, {**values, "sets": count})
 
 
@@ -224,22 +241,20 @@ def makers(op: Op, layer: Layer) -> dict[str, Make]:
     found: dict[str, Make] = {}
     for on in backends_of(setting):
         if on != "reference":
-            for precision in precisions(op, setting):
+            for precision in precisions_of(op, setting):
                 key = f"ours, {label(on, setting)}, {precision.name}"
                 found[key] = partial(op.ours, layer, on, precision)
+    eager = {layer.baseline(EAGER): partial(op.eager, layer, None)}
     if setting.wgmma:
-        return {**found, EAGER: partial(op.eager, layer, None)}
+        return {**found, **eager}
     found |= op.more(layer)
-    found[REFERENCE] = partial(op.ours, layer, "reference", PRECISIONS[layer.rate])
-    found[EAGER] = partial(op.eager, layer, None)
-    found[ALONE] = partial(op.alone, layer)
-    return found
+    found[layer.baseline(REFERENCE)] = partial(op.ours, layer, "reference", PRECISIONS[layer.rate])
+    return {**found, **eager, layer.baseline(ALONE): partial(op.alone, layer)}
 
 
-def precisions(op: Op, setting: Setting) -> list[Precision]:
+def precisions_of(op: Op, setting: Setting) -> list[Precision]:
     """Those of the setting that the op has."""
-    names = setting.choose(setting.precisions, ("fp32",), tuple(PRECISIONS), ("fp32",))
-    return [PRECISIONS[name] for name in names if name in op.precisions]
+    return [precision for precision in precisions(setting) if precision.name in op.precisions]
 
 
 # --- cases ------------------------------------------------------------------------------------------------------------
@@ -250,14 +265,7 @@ def cases(op: Op, setting: Setting) -> list[Case]:
 
     On a CPU one layer is compiled, the one with the most operations.
     """
-    models = setting.choose(setting.models, ("vgg11/2", "laborieux/2"), ("vgg11", "laborieux"), ("3p-4",))
-    batches = sorted(setting.choose(setting.batches, (32,), (256,), (2,)), reverse=True)
-    layers = [
-        Layer(setting, model, batch, node)
-        for batch in batches
-        for model in models
-        for node in range(1, len(network_at(setting, model).shapes))
-    ]
+    layers = layers_of(setting)
     found = [Case(layer.key, partial(rows, op, layer)) for layer in layers]
     if setting.quick or setting.wgmma:
         return found
@@ -266,9 +274,20 @@ def cases(op: Op, setting: Setting) -> list[Case]:
         network = network_at(setting, layer.model)
         return connection_flops(network, network.into[layer.node][0], layer.batch)
 
-    most = sorted((layer for layer in layers if layer.batch == batches[0]), key=size, reverse=True)
+    most = sorted((layer for layer in layers if layer.batch == layers[0].batch), key=size, reverse=True)
     compiled = most if setting.cuda else most[:1]
     return [*found, *(Case(f"{layer.key}, {COMPILED}", partial(compiled_rows, op, layer), 60.0) for layer in compiled)]
+
+
+def layers_of(setting: Setting) -> list[Layer]:
+    """Of every network and batch, the largest batch first."""
+    models = setting.choose(setting.models, ("vgg11/4", "laborieux/4"), ("vgg11", "laborieux"), ("3p-4",))
+    return [
+        Layer(setting, model, batch, node)
+        for batch in sorted(setting.choose(setting.batches, (32,), (256,), (2,)), reverse=True)
+        for model in models
+        for node in range(1, len(network_at(setting, model).shapes))
+    ]
 
 
 def rows(op: Op, layer: Layer) -> list[Row]:
@@ -278,14 +297,14 @@ def rows(op: Op, layer: Layer) -> list[Row]:
 
 def compiled_rows(op: Op, layer: Layer) -> list[Row]:
     """The eager calls compiled, and again as they are: their row is there for the ratio, tables leave it out."""
-    mode = "max-autotune-no-cudagraphs" if layer.setting.cuda else "default"
-    name = f"{COMPILED} ({'max-autotune' if layer.setting.cuda else mode})"
-    found = against(op, layer, {EAGER: partial(op.eager, layer, None), name: partial(op.eager, layer, mode)})
-    return [{**row, "repeated": True} if row["name"] == EAGER else row for row in found]
+    mode = "max-autotune" if layer.setting.cuda else "default"
+    eager, name = layer.baseline(EAGER), layer.baseline(f"{COMPILED} ({mode})")
+    found = against(op, layer, {eager: partial(op.eager, layer, None), name: partial(op.eager, layer, MODES[mode])})
+    return [{**row, "repeated": True} if row["name"] == eager else row for row in found]
 
 
 def against(op: Op, layer: Layer, made: dict[str, Make]) -> list[Row]:
-    """Rows with the layer, and the part of the roofline that each time is."""
+    """Rows with the layer, and the part of the roofline that each time is (operations are dense-equivalent)."""
     setting, flops = layer.setting, op.flops(layer)
     kept: dict[str, Row] = {}
 
@@ -299,7 +318,10 @@ def against(op: Op, layer: Layer, made: dict[str, Make]) -> list[Row]:
 
     competitors = [Competitor(name, partial(keep, name, make)) for name, make in made.items()]
     least = 0.0 if setting.cuda else 0.02  # a graph is repeated as it is
-    found = compete(setting, competitors, against=EAGER, least=least, after=roof)
+    try:
+        found = compete(setting, competitors, against=layer.baseline(EAGER), least=least, after=roof)
+    finally:
+        op.forget()
     shape = "x".join(map(str, layer.network.shapes[layer.node]))
     of = {"model": layer.model, "batch": layer.batch, "layer": layer.node, "shape": shape, "gflop": flops / 1e9}
     return [{**row, **of} for row in found]
@@ -338,7 +360,9 @@ def lines(what: str, rows: Sequence[Row]) -> list[str]:
 def draw(rows: Sequence[Row], figure: Any) -> None:
     """Percent of the roofline by layer, a panel a network, a line a competitor."""
     shown = _shown(rows)
-    for axes, (name, mine) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+    for axes, (name, mine) in zip(
+        figure.subplots(1, max(1, len(shown)), squeeze=False)[0], shown.items(), strict=False
+    ):
         for competitor in dict.fromkeys(row["name"] for row in mine):
             points = [row for row in mine if row["name"] == competitor]
             style = "-o" if competitor.startswith("our") else "--x"
@@ -355,5 +379,5 @@ def draw(rows: Sequence[Row], figure: Any) -> None:
 CONDITIONS = (
     "random 3x32x32 images, k 0.02, states of a relaxation under way in channels_last memory, the largest relative "
     "error against float64 checked first; ratios are times over eager PyTorch's; the roofline is the matmul and copy "
-    "rate of the same run"
+    "rate of the same run, and operations are dense-equivalent: zeros of unpooled feedback and of the halo count"
 )

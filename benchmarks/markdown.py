@@ -42,13 +42,23 @@ def ms(row: Row) -> str:
     """Median and quantiles."""
     q = row["ms"]
     digits = 1 if q["0.5"] >= 100 else 2 if q["0.5"] >= 1 else 4
-    return f"{q['0.5']:.{digits}f} ({q['0.2']:.{digits}f} to {q['0.8']:.{digits}f})"
+    return f"{q['0.5']:.{digits}f} {spread(row, q, digits)}"
+
+
+def spread(row: Row, q: dict[str, float], digits: int) -> str:
+    """Quantiles, of three rounds and more."""
+    if row.get("rounds", 3) < 3:
+        return f"(n = {row['rounds']})"
+    return f"({q['0.2']:.{digits}f} to {q['0.8']:.{digits}f})"
 
 
 def ratio(row: Row) -> str:
     """To the competitor that the row names, median and quantiles."""
     found = row.get("ratio")
-    return "" if not found else f"{found['0.5']:.3g} ({found['0.2']:.3g} to {found['0.8']:.3g})"
+    if not found:
+        return ""
+    few = f"(n = {row['rounds']})" if row.get("rounds", 3) < 3 else f"({found['0.2']:.3g} to {found['0.8']:.3g})"
+    return f"{found['0.5']:.3g} {few}"
 
 
 def mebibytes(row: Row, key: str = "memory") -> str:

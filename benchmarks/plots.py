@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -78,6 +78,25 @@ def picture(draw: Draw, rows: Sequence[Row], path: Path) -> None:
         except Exception as error:
             path.unlink(missing_ok=True)
             raise Undrawn(f"{type(error).__name__}: {error}") from error
+
+
+def panels(figure: Figure, names: Sequence[str]) -> list[Axes]:
+    """One row of axes, each with its title: as many as there are names, and at least one, which then says so.
+
+    For questions: ``for axes, name in zip(panels(figure, names), names, strict=False)``, names of rows with figures.
+    """
+    found = list(figure.subplots(1, max(1, len(names)), squeeze=False)[0])
+    for axes, name in zip(found, names, strict=False):
+        axes.set_title(name)
+    if not names:
+        found[0].text(0.5, 0.5, "no figures", ha="center", va="center", transform=found[0].transAxes)
+    return found
+
+
+def bars(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float]) -> None:
+    """A named bar a row, the last row's at the top; ours stand out."""
+    colours = [OURS if row["name"].startswith("our") else OTHERS for row in rows]
+    axes.barh([row["name"] for row in rows], [value(row) for row in rows], color=colours)
 
 
 def finish(axes: Axes, title: str, x: str, y: str) -> None:

@@ -51,6 +51,7 @@ PRECISIONS = {
         Precision("fp32", None, None, "fp32", 1e-4, 0.05),
     )
 }
+COMPILED = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # of torch.compile; graphs are ours
 # settings of a training batch: those of the CPU benchmark, and the defaults
 BATCHES = {
     "T 2 + K 1, tangent": {"free_steps": 2, "nudged_steps": 1, "estimator": "tangent"},
@@ -65,6 +66,13 @@ def backends_of(setting: Setting, dtype: torch.dtype = torch.float32) -> tuple[s
     device = torch.device(setting.device)
     names = ("triton", "cuda") if setting.cuda else ("cpu",)
     return tuple(name for name in names if backends.why_not(name, device, dtype) is None) or names[-1:]
+
+
+def precisions(
+    setting: Setting, *, cpu: Sequence[str] = ("fp32",), cuda: Sequence[str] = tuple(PRECISIONS)
+) -> list[Precision]:
+    """Of our operands: those that were asked for, else the question's; in a hurry fp32."""
+    return [PRECISIONS[name] for name in setting.choose(setting.precisions, tuple(cpu), tuple(cuda), ("fp32",))]
 
 
 def on_cpu() -> tuple[str, ...]:
@@ -133,6 +141,16 @@ def problem_of(network: Network, batch: int, device: str, seed: int = 0) -> Prob
     labels = torch.randint(0, CLASSES, (batch,), generator=generator).to(device)
     targets = targets_for(network, labels, CLASSES, torch.float32)
     return Problem(network, Parameters.from_named(network, named), x, labels, targets)
+
+
+def size_of(setting: Setting) -> int:
+    """Side of the images."""
+    return 8 if setting.quick else 32
+
+
+def problem_at(setting: Setting, model: str, batch: int) -> Problem:
+    """Of a network's name, on the setting's images and device."""
+    return problem_of(network_of(model, size_of(setting)), batch, setting.device)
 
 
 @contextmanager

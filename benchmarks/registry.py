@@ -46,6 +46,7 @@ class Question:
         conditions: what every caption says beside the device: networks, batches, how it was measured.
         draw: a picture of the same rows, if there is one.
         targets: of the project (docs/performance.md) that these rows can judge.
+        asked: those of a GPU, as long as no row has judged them.
         seconds: about how long it takes, by kind of device (cpu, cuda); shares of the time where that is short. A
             suite leaves out what has no entry for its device.
         wgmma: on a GPU, asked again of the backend cuda with wgmma.
@@ -58,6 +59,7 @@ class Question:
     conditions: str
     draw: Draw | None = None
     targets: Callable[[Sequence[Row]], list[Target]] | None = None
+    asked: tuple[Target, ...] = ()
     seconds: dict[str, float] = field(default_factory=lambda: {"cpu": 60.0, "cuda": 30.0})
     wgmma: bool = False
 

@@ -7,7 +7,7 @@ import os
 import re
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,7 @@ from benchmarks.runner import RunError, load
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 KINDS = {"cpu": "CPU", "gpu": "GPU"}  # and their sections, in this order
 COMMANDS = {"cpu": "python -m benchmarks run cpu", "gpu": "python -m benchmarks.gpu"}
-# what a GPU is asked for (the questions judge it as soon as they have rows of one)
-GPU_TARGETS = (
-    Target("EP batch at cosine >= 0.98 / backprop batch", None, "<=", 3, "VGG-11"),
-    Target("published autograd loop / EP batch", None, ">=", 30, "VGG-11"),
-    Target("best PyTorch batch of the same algorithm / EP batch", None, ">=", 2, "torch.compile, CUDA graphs"),
-    Target("sweep, % of the matmul rate", None, ">=", 60, "fp16, VGG-11, batch 256"),
-    Target("peak memory / BPTT", None, "<=", 0.1, "T = 60"),
-)
+PICTURES = "bench-*.png"  # as plots.file_name has them; others in the folder are not ours
 
 
 def write(results: Path, page: Path | None, plots: Path | None) -> str:
@@ -36,14 +29,19 @@ def write(results: Path, page: Path | None, plots: Path | None) -> str:
 
     Args:
         page: gets the text between its markers; None: it is only returned.
-        plots: folder of the pictures; None: there are none.
+        plots: folder of the pictures, where those of an earlier report that this one has not are deleted; None: there
+            are none.
 
     Raises:
         RunError: no such folder, a file that cannot be read, or a page without the markers; nothing is written then.
     """
     around = None if page is None else split(page)
-    rows = newest(stored(results))
-    text = markdown(rows, registry.questions(), page, plots)
+    rows = stored(results)
+    made: set[str] = set()
+    text = markdown(newest(rows), failures(rows), registry.questions(), page, plots, made)
+    for path in () if plots is None else plots.glob(PICTURES):
+        if path.name not in made:
+            path.unlink()
     if page is not None and around is not None:
         found = f"{around[0]}{BEGIN}\n\n{text}\n{END}{around[1]}"
         if found != page.read_text(encoding="utf-8"):
@@ -98,16 +96,39 @@ def kind_of(row: Row) -> str:
     return "gpu" if "capability" in row["environment"] else "cpu"
 
 
-def newest(rows: Iterable[Row]) -> list[Row]:
-    """Of each device, question and case, those that were measured last."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+Runs = dict[str, list[Row]]  # by the time at which they began
+
+
+def by_case(rows: Iterable[Row]) -> list[Runs]:
+    """Runs of each device, question and case."""
+    groups: dict[tuple[str, str, str], Runs] = {}
     for row in rows:
-        groups.setdefault((device_of(row), row["question"], row["case"]), []).append(row)
-    out = []
-    for group in groups.values():
-        last = max(row["environment"]["when"] for row in group)
-        out += unique(row for row in group if row["environment"]["when"] == last)
-    return out
+        runs = groups.setdefault((device_of(row), row["question"], row["case"]), {})
+        runs.setdefault(row["environment"]["when"], []).append(row)
+    return list(groups.values())
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Of each device, question and case, those that were measured last.
+
+    A run in which the case has no figures at all (it failed, its time was over) replaces none that has some.
+    """
+    return [row for runs in by_case(rows) for row in unique(runs[shown(runs)])]
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Of each device, question and case, the last run's, with figures or without."""
+    return [row for runs in by_case(rows) for row in unique(runs[max(runs)])]
+
+
+def failures(rows: Iterable[Row]) -> list[Row]:
+    """Rows of the last run, where it has no figures of a case and an earlier one has."""
+    return [row for runs in by_case(rows) if shown(runs) != max(runs) for row in unique(runs[max(runs)])]
+
+
+def shown(runs: Runs) -> str:
+    """The last run with figures; without any, the last."""
+    return max((when for when in runs if good(runs[when])), default=max(runs))
 
 
 def unique(rows: Iterable[Row]) -> list[Row]:
@@ -120,37 +141,61 @@ def unique(rows: Iterable[Row]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where pictures go, and where links to them start. ``device``: for file names, where a kind has several."""
+    """Where pictures go, and where links to them start.
+
+    Args:
+        device: for file names, where a kind has several.
+        made: gets the names of the pictures.
+    """
 
     kind: str
     device: str
     page: Path | None
     plots: Path | None
+    made: set[str] = field(default_factory=set)
 
 
-def markdown(rows: Sequence[Row], known: dict[str, Question], page: Path | None, plots: Path | None) -> str:
-    """A section a kind of device. Rows of questions that are no more are left out."""
+def markdown(
+    rows: Sequence[Row], failed: Sequence[Row], known: dict[str, Question], page: Path | None, plots: Path | None,
+    made: set[str],
+) -> str:  # fmt: skip
+    """A section a kind of device. Rows of questions that are no more are left out.
+
+    Args:
+        failed: of runs since ``rows``, without figures. made: gets the names of the pictures.
+    """
     lines: list[str] = []
     for kind, title in KINDS.items():
         mine = [row for row in rows if kind_of(row) == kind and row["question"] in known]
         devices = list(dict.fromkeys(map(device_of, mine)))
         lines += [f"## {title}", ""]
         if not devices:
-            lines += [*nothing(kind), ""]
+            lines += [*nothing(kind, known), ""]
         for device in devices:
-            place = Place(kind, device if len(devices) > 1 else "", page, plots)
-            lines += section(device, [row for row in mine if device_of(row) == device], known, place)
+            place = Place(kind, device if len(devices) > 1 else "", page, plots, made)
+            here, later = ([row for row in these if device_of(row) == device] for these in (mine, failed))
+            lines += section(device, here, later, known, place)
     return re.sub("\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 
-def nothing(kind: str) -> list[str]:
+def nothing(kind: str, known: dict[str, Question]) -> list[str]:
     """Instead of figures."""
     command = f"`{COMMANDS[kind]}` will, and `python -m benchmarks report` puts it here"
     lines = [f"Nothing has been measured on a {KINDS[kind]} yet. {command}."]
-    return [*targets_table(GPU_TARGETS), "", *lines] if kind == "gpu" else lines
+    targets = unmeasured(kind, known, ())
+    return [*targets_table(targets), "", *lines] if targets else lines
 
 
-def section(device: str, rows: Sequence[Row], known: dict[str, Question], place: Place) -> list[str]:
+def unmeasured(kind: str, known: dict[str, Question], judged: Sequence[Target]) -> list[Target]:
+    """What the questions ask of a GPU and no rows have judged, told apart by what is measured."""
+    found = {target.measure for target in judged}
+    asked = [target for question in known.values() for target in getattr(question, "asked", ())]
+    return [target for target in asked if kind == "gpu" and target.measure not in found]
+
+
+def section(
+    device: str, rows: Sequence[Row], failed: Sequence[Row], known: dict[str, Question], place: Place
+) -> list[str]:
     """Of one device: conditions, targets, and what each question found."""
     asked = [(q, [row for row in rows if row["question"] == q.name]) for q in known.values()]
     asked = [(q, mine) for q, mine in asked if mine]
@@ -161,14 +206,27 @@ def section(device: str, rows: Sequence[Row], known: dict[str, Question], place:
             found, problem = attempt(question.targets, mine)
             judged += found or []
             lines += [f"The targets of {question.name} could not be judged: {problem}", ""] if problem else []
+    judged += unmeasured(place.kind, known, judged)
     if judged:
         lines += [*targets_table(judged), ""]
     for question, mine in asked:
         lines += [f"#### {question.name}", "", sentence(question.what), ""]
         found, problem = attempt(question.table, mine)
         lines += [*(found or []), f"The table could not be made: {problem}" if problem else "", ""]
+        lines += [*since(mine, [row for row in failed if row["question"] == question.name]), ""]
         lines += [*drawn(question, mine, place), caption(question, device, mine), ""]
     return lines
+
+
+def since(rows: Sequence[Row], failed: Sequence[Row]) -> list[str]:
+    """A line for each row of a later run that has no figures, beside whose figures are above."""
+    lines = []
+    for row in failed:
+        above = values((r for r in rows if r["case"] == row["case"]), date_of)
+        name = f"{row['case']}: {row['name']}".rstrip(": ")
+        reason = f"{row['status']}: {row.get('reason', '')}".rstrip(": ")
+        lines.append(f"* {name}: measured {above}; {date_of(row)}, revision {revision_of(row)}: {reason}")
+    return ["Without figures since:", "", *lines] if lines else []
 
 
 def attempt(function: Callable[[Sequence[Row]], Any], rows: Sequence[Row]) -> tuple[Any, str]:
@@ -198,6 +256,7 @@ def drawn(question: Question, rows: Sequence[Row], place: Place) -> list[str]:
     except Undrawn as error:
         traceback.print_exc()
         return [f"The picture could not be drawn: {' '.join(str(error).split())}", ""]
+    place.made.add(path.name)
     start = place.plots if place.page is None else place.page.parent
     link = Path(os.path.relpath(path.resolve(), start.resolve())).as_posix()
     return [f"![{question.name}: {question.what}]({link})", ""]

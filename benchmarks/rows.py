@@ -22,43 +22,58 @@ BROKEN = 3  # exit code: the device does not answer any more
 ENDED = 4  # exit code: the question's time is over
 
 
+class TimeIsUp(BaseException):
+    """A case has taken as long as it may. No ``except Exception`` on the way swallows it."""
+
+
 def append(path: Path, record: Record) -> None:
-    """One line, on disk when this returns."""
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    """One line, on disk when this returns; after a line that was cut short, too."""
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+        cut = size > 0 and file.read(1) != b"\n"
+        file.write(b"\n" * cut + json.dumps(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def read(path: Path) -> list[Record]:
-    """The last record of each question and case, in the order of their first lines."""
+    """The last record of each question and case, in the order of their first lines.
+
+    Each has the ``environment`` of the process that ran it: that of the last line of this kind before it.
+    """
     records: dict[tuple[str, str], Record] = {}
+    environment: Row = {}
     if path.exists():
         for line in path.read_text().splitlines():
             try:
                 record = json.loads(line)
-                records[record["question"], record["case"]] = record
-            except (ValueError, KeyError):  # noqa: PERF203 - stopped while it was written, or the run's own line
+                if "environment" in record and "case" not in record:
+                    environment = record["environment"]
+                    continue
+                records[record["question"], record["case"]] = {"environment": environment, **record}
+            except (ValueError, KeyError):
                 continue
     return list(records.values())
 
 
-def close_started(path: Path, question: str, reason: str) -> None:
+def close_started(path: Path, question: str, reason: str, status: str = "failed") -> None:
     """Cases of a question that were started and never finished get this reason."""
     for record in read(path):
         if record["question"] == question and record["status"] == "started":
-            append(path, {**record, "status": "failed", "reason": reason})
+            append(path, {**record, "status": status, "reason": reason})
 
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """TimeoutError after ``seconds``, at the next Python instruction of the main thread."""
+    """TimeIsUp after ``seconds``, at the next Python instruction of the main thread; again every second if need be."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        raise TimeoutError(f"stopped after {seconds:.0f} s")
+        raise TimeIsUp(f"stopped after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01), 1.0)
     try:
         yield
     finally:
@@ -88,6 +103,10 @@ def run_cases(path: Path, question: str, cases: Sequence[Case], *, only: str, de
         try:
             with limited(min(case.limit, left)):
                 record |= {"rows": case.run(), "status": "ok"}
+        except TimeIsUp as error:
+            # cut by the question's deadline, it is made up later; by its own limit, it would be cut again
+            record |= {"status": "skipped" if left < case.limit else "failed", "reason": str(error)}
+            code = ENDED if left < case.limit else code
         except Exception as error:
             traceback.print_exc()
             record |= {"status": "failed", "reason": short(error)}
@@ -107,11 +126,11 @@ def answers() -> bool:
         with limited(10):
             torch.cuda.synchronize()
             return bool((torch.ones(8, device="cuda") * 2).sum().item() == 16)
-    except Exception:
+    except (Exception, TimeIsUp):
         return False
 
 
-def flat(records: Sequence[Record], environment: Row) -> list[Row]:
+def flat(records: Sequence[Record]) -> list[Row]:
     """Rows as result files keep them: each with its question, its case and what it was measured on.
 
     A case without rows (failed, skipped) becomes one row that says why.
@@ -120,5 +139,5 @@ def flat(records: Sequence[Record], environment: Row) -> list[Row]:
     for record in records:
         head = {"question": record["question"], "case": record["case"]}
         rows = record["rows"] or [{"name": "", "status": record["status"], "reason": record.get("reason", "")}]
-        found += [{**head, "status": "ok", **row, "environment": environment} for row in rows]
+        found += [{**head, "status": "ok", **row, "environment": record.get("environment", {})} for row in rows]
     return found

@@ -5,6 +5,7 @@ Beside the result file OUT lies OUT.part.jsonl while a run is under way: the sam
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from benchmarks.case import Row
 from benchmarks.machine import ROOT, environment
 from benchmarks.problem import wgmma_runs
 from benchmarks.registry import Question
-from benchmarks.rows import BROKEN, close_started, flat, read
+from benchmarks.rows import BROKEN, append, close_started, flat, read
 from benchmarks.setting import Setting
 
 GRACE = 5.0  # seconds after a question's deadline, then its process is stopped
@@ -49,13 +51,16 @@ class Runner:
         self.part, self.log = out.with_suffix(".part.jsonl"), out.with_suffix(".log")
         self.environment = environment(setting.device, setting.threads, command)
         self.deadline = None if minutes is None else time.time() + 60 * minutes
+        self.began = time.time()
         self.notes: dict[str, str] = {}
         self.written: list[Row] = []
         out.parent.mkdir(parents=True, exist_ok=True)
         self._open_part(restart)
 
     def _open_part(self, restart: bool) -> None:
-        mine = {"setting": self.setting.json(), "revision": self.environment["revision"]}
+        names = ("revision", "device", "torch", "triton")
+        mine = {"setting": self.setting.json(), **{name: self.environment[name] for name in names}}
+        mine["sources"] = sources()  # what a revision does not say: changes, or a tree without git
         if restart:
             self.part.unlink(missing_ok=True)
         if self.part.exists():
@@ -65,32 +70,32 @@ class Runner:
             except (IndexError, KeyError, ValueError):
                 found = None
             if found != mine:
-                raise RunError(
-                    f"{self.part} is of a run with another setting or revision ({found}); --restart begins again"
-                )
+                other = ", ".join(k for k in mine if not isinstance(found, dict) or found.get(k) != mine[k])
+                raise RunError(f"{self.part} is of a run with another {other}; --restart begins again")
             print(f"going on after {len(read(self.part))} cases of {self.part}", flush=True)
             for record in read(self.part):
                 close_started(self.part, record["question"], "its process was stopped")
-            return
-        self.part.write_text(json.dumps({"run": mine}) + "\n")
+        else:
+            self.part.write_text(json.dumps({"run": mine}) + "\n")
+        append(self.part, {"environment": self.environment})
 
     def ask(self, questions: Sequence[Question], before: Callable[[Question], None] | None = None) -> None:
         """All of them; the result file is written after each. ``before`` is called before each."""
         kind = "cuda" if self.setting.cuda else "cpu"
         for number, question in enumerate(questions):
+            if before is not None:
+                before(question)
             share = None
             if self.deadline is not None:
                 weights = [q.seconds.get(kind, 30.0) for q in questions[number:]]
                 share = (self.deadline - time.time()) * weights[0] / sum(weights)
-            if before is not None:
-                before(question)
             self._one(question, share)
             self.write()
-        left = [record for record in read(self.part) if record["status"] == "skipped"]
-        if left or self.notes:
-            self.notes["to be made"] = f"the same command goes on: {len(left)} cases have had no time"
-            return
-        self.part.unlink(missing_ok=True)
+        skipped = sum(record["status"] == "skipped" for record in read(self.part))
+        if skipped:
+            self.notes["time"] = f"{skipped} cases have had none; the same command goes on with them"
+        if not self.notes:
+            self.part.unlink(missing_ok=True)
 
     def _one(self, question: Question, seconds: float | None) -> None:
         began = time.time()
@@ -113,7 +118,7 @@ class Runner:
             extra = {"EP_KERNELS_WGMMA": "1" if setting.wgmma else "0", LOGS: str(self.out.parent)}
             code = run([*command, setting.json()], self.log, deadline - time.time() + GRACE, extra)
             if code is None:
-                close_started(self.part, question.name, "stopped: the question's time was over")
+                close_started(self.part, question.name, "stopped: the question's time was over", "skipped")
             elif code != 0:
                 close_started(self.part, question.name, f"its process ended with exit code {code}")
             if code == 1:
@@ -123,11 +128,15 @@ class Runner:
 
     def rows(self) -> list[Row]:
         """Of this run so far."""
-        return flat(read(self.part), self.environment)
+        return flat(read(self.part))
 
     def write(self) -> None:
-        """This run's rows into the result file, in place of older ones of the same question and case."""
-        mine = self.written = self.rows()
+        """This run's rows into the result file, in place of older ones of the same question and case.
+
+        What had no time replaces nothing.
+        """
+        self.written = self.rows()
+        mine = [row for row in self.written if row["status"] != "skipped"]
         new = {(row["question"], row["case"]) for row in mine}
         kept = [row for row in load(self.out) if (row["question"], row["case"]) not in new]
         save(self.out, [*kept, *mine])
@@ -179,6 +188,39 @@ def run(command: Sequence[str], log: Path, seconds: float, extra: dict[str, str]
         except subprocess.TimeoutExpired:
             return None
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            stop(process)
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """End a child with everything that it started, in sessions of their own too."""
+    found = [process.pid, *descendants(process.pid)]
+    for pid in found:
+        for end in (os.killpg, os.kill):
+            with suppress(ProcessLookupError, PermissionError):
+                end(pid, signal.SIGKILL)
+    process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that ``pid`` started and those that they started, as far as /proc tells."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError, IndexError):
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found, queue = [], [pid]
+    while queue:
+        more = children.get(queue.pop(), [])
+        found += more
+        queue += more
+    return found
+
+
+def sources() -> str:
+    """Hash of all that a result may depend on in this tree."""
+    digest = hashlib.sha256()
+    for folder in ("ep_kernels", "csrc", "python", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".inl", ".so"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -6,6 +6,7 @@ and the convolutions alone. On a GPU a call replays a CUDA graph that does the j
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from benchmarks.questions import contrast, drive, relax_step
 from benchmarks.setting import Setting
 
 SETTING = Setting(device="cuda" if torch.cuda.is_available() else "cpu", threads=torch.get_num_threads())
-MODELS, BATCH = (("vgg11", "laborieux"), 256) if SETTING.cuda else (("vgg11/2", "laborieux/2"), 32)
+MODELS, BATCH = (("vgg11", "laborieux"), 256) if SETTING.cuda else (("vgg11/4", "laborieux/4"), 32)
 OPS = {op.name: op for op in (drive.OP, relax_step.OP, contrast.OP)}
 LAYERS = [Layer(SETTING, model, BATCH, i) for model in MODELS for i in range(1, len(network_at(SETTING, model).shapes))]
 COMPETITORS = ("cpu", "triton", "cuda", "reference", "eager", "convolutions")
@@ -47,6 +48,14 @@ def made(op: Op, layer: Layer, name: str) -> Timed:
         pytest.skip(str(why))
     check(timed.verify(), timed.limit)
     return timed
+
+
+@pytest.fixture(autouse=True)
+def released() -> Iterator[None]:
+    """Buffers and graphs of one test are no other's."""
+    yield
+    for op in OPS.values():
+        op.forget()
 
 
 @brief

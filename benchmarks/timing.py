@@ -39,8 +39,9 @@ class Times:
         return {str(q): factor * self.quantile(q) for q in QUANTILES}
 
     def row(self) -> dict[str, object]:
-        """For reports: milliseconds at quantiles 0.2, 0.5 and 0.8."""
-        return {"name": self.name, "ms": self.quantiles(1e3), "rounds": len(self.seconds)}
+        """For reports: milliseconds at quantiles 0.2, 0.5 and 0.8, and of every round."""
+        samples = [1e3 * s for s in self.seconds]
+        return {"name": self.name, "ms": self.quantiles(1e3), "rounds": len(samples), "samples": samples}
 
 
 def interleave(
@@ -52,34 +53,52 @@ def interleave(
     device: str = "cpu",
     share: Mapping[str, int] | None = None,
     most: Mapping[str, int] | None = None,
+    failed: dict[str, Exception] | None = None,
 ) -> dict[str, Times]:
     """Run every competitor once per round, in turn, ``rounds`` times after ``warmup`` rounds that are not counted.
 
-    A machine whose speed drifts slows all of them alike, so ratios within a round stay fair.
+    A machine whose speed drifts slows all of them alike, so ratios within a round stay fair. Each round begins with
+    another one, so that nobody always follows the same.
 
     Args:
         least: seconds that an entry lasts at least: a competitor is called repeatedly, and the time divided.
-        device: on ``cuda`` events take the time, after a pass through the L2 cache that leaves nothing of the
-            competitors in it.
+        device: on ``cuda`` events take the time of every call, after a pass through the L2 cache that leaves nothing
+            of the competitors in it.
         share: divide a competitor's times by this.
         most: rounds that a competitor takes part in, from the first; it is not warmed up.
+        failed: gets the exception of a competitor that raises, which takes part no more; without it, it is raised.
     """
     clock = gpu_seconds if device.startswith("cuda") else cpu_seconds
     share, most = share or {}, most or {}
-    for _ in range(warmup):
-        for name, work in competitors.items():
-            if name not in most:
-                work()
     calls = dict.fromkeys(competitors, 1)
-    if least:
-        for name, work in competitors.items():
-            if name not in most:
-                calls[name] = max(1, min(math.ceil(least / max(clock(work, 1), 1e-7)), 10_000))
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
+
+    def enter(name: str, kind: str) -> None:
+        if name not in seconds:
+            return
+        try:
+            took = clock(competitors[name], calls[name])
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = error
+            del seconds[name]
+            return
+        if kind == "calibrate":
+            calls[name] = max(1, min(math.ceil(least / max(took, 1e-7)), 10_000))
+        elif kind == "count":
+            seconds[name].append(took / share.get(name, 1))
+
+    names = list(competitors)
+    quick = [name for name in names if name not in most]
+    for kind in [*["warm"] * warmup, *(["calibrate"] if least else [])]:
+        for name in quick:
+            enter(name, kind)
     for r in range(rounds):
-        for name, work in competitors.items():
+        first = r % max(len(names), 1)
+        for name in [*names[first:], *names[:first]]:
             if r < most.get(name, rounds):
-                seconds[name].append(clock(work, calls[name]) / share.get(name, 1))
+                enter(name, "count")
     return {name: Times(name, values) for name, values in seconds.items()}
 
 
@@ -97,16 +116,18 @@ def cpu_seconds(work: Work, calls: int) -> float:
 
 
 def gpu_seconds(work: Work, calls: int) -> float:
-    """The same by events, on a device that has finished everything else and forgotten the inputs."""
+    """The same by events, each call on a device that has finished everything else and forgotten the inputs."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush_cache()
-    torch.cuda.synchronize()
-    begin.record()
+    total = 0.0
     for _ in range(calls):
+        flush_cache()
+        torch.cuda.synchronize()
+        begin.record()
         work()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / calls
+        end.record()
+        end.synchronize()
+        total += begin.elapsed_time(end) / 1e3
+    return total / calls
 
 
 def flush_cache() -> None:

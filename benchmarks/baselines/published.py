@@ -155,11 +155,14 @@ class Convolutions:
             self.jobs.append((source, above, packed, conn.stride, conn.padding))
 
     @torch.no_grad()
-    def run(self) -> None:
-        """Once."""
+    def run(self) -> list[Tensor]:
+        """Once; the last drive and feedback are returned."""
+        last: list[Tensor] = []
         for source, above, weight, stride, padding in self.jobs:
-            F.conv2d(source, weight, stride=stride, padding=padding)
-            F.conv_transpose2d(above, weight, stride=stride, padding=padding)
+            last = []  # what nobody reads is freed before the next one
+            last.append(F.conv2d(source, weight, stride=stride, padding=padding))
+            last.append(F.conv_transpose2d(above, weight, stride=stride, padding=padding))
+        return last
 
     def flops(self) -> int:
         """Of a run: two a multiply-add."""

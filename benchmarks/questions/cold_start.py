@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,17 @@ import torch
 from benchmarks.case import Case, Row, Unavailable, Wrong, check, short, synchronize
 from benchmarks.markdown import cases as names_of
 from benchmarks.markdown import good, ms, ratio, table, without_figures
-from benchmarks.problem import BATCHES, PRECISIONS, Problem, backends_of, largest_error, require_backend
-from benchmarks.questions.train_batch import FEW, backprop, backprop_name, gradient_error, problem, true_batch
+from benchmarks.problem import (
+    BATCHES,
+    PRECISIONS,
+    Problem,
+    backends_of,
+    largest_error,
+    precisions,
+    problem_at,
+    require_backend,
+)
+from benchmarks.questions.train_batch import FEW, backprop, backprop_name, gradient_error, true_batch
 from benchmarks.registry import Question
 from benchmarks.runner import child_environment
 from benchmarks.setting import Setting
@@ -35,7 +44,8 @@ TORCH, OURS = "import torch", "import ep_kernels, beyond torch"
 EMPTY, FILLED = "empty cache", "filled cache"
 LATER = 5  # calls after the second
 SECONDS = 240.0  # that a process may take
-COMPILE_ROUNDS = 2  # of what compiles for seconds
+ROUNDS = 3  # processes of each kind at most; of what compiles for seconds, one
+GPU_SECONDS = 15.0  # after which a GPU begins no other round: each process imports, and starts the device
 CHILD = """
 import json, sys, time
 began = time.perf_counter()
@@ -70,45 +80,45 @@ class Start:
 def cases(setting: Setting) -> list[Case]:
     """One a network and batch."""
     models = setting.choose(setting.models, ("laborieux/4",), ("vgg11",), ("3p-4",))
-    batches = setting.choose(setting.batches, (8,), (128,), (2,))
+    batches = setting.choose(setting.batches, (8,), (32,), (2,))
     return [Case(f"{m}, batch {b}", partial(start_rows, setting, m, b), 600.0) for m in models for b in batches]
 
 
 def starts(setting: Setting) -> list[Start]:
-    """Ours on every backend; what compiles, with caches empty and filled; backprop."""
+    """Ours on every backend, with caches empty and then filled; on a CPU what compiles; backprop."""
     found = []
     for on in backends_of(setting):
-        for precision in setting.choose(setting.precisions, ("fp32",), ("fp16",), ("fp32",)):
+        for precision in precisions(setting, cuda=("fp16",)):
             caches = (EMPTY, FILLED) if on == "triton" else ("",)
-            found += [Start("ours", on, precision, cache) for cache in caches]
-            if not setting.quick:
-                found.append(Start("compiled", on, precision, EMPTY))
+            found += [Start("ours", on, precision.name, cache) for cache in caches]
+            if not setting.quick and not setting.cuda:
+                found.append(Start("compiled", on, precision.name, EMPTY))
     return [*found, Start("backprop")]
 
 
 def start_rows(setting: Setting, model: str, batch: int) -> list[Row]:
-    """Processes in turn, after one that is not counted: it brings the files into memory, and fills the caches."""
+    """Processes in turn. On a CPU after one that is not counted: it brings the files into memory (on a GPU, where time
+    is short, the questions before this one have). The start with an empty cache fills it for those after it."""
     found: dict[Start, list[Row]] = {start: [] for start in starts(setting)}
     bad: dict[Start, Row] = {}
-    rounds = 1 if setting.quick else setting.rounds
-    with tempfile.TemporaryDirectory() as filled:
-        for r in range(-1, rounds):
-            for number, start in enumerate(found):
-                first = start.cache == FILLED or (number == 0 and not setting.quick)
-                if start in bad or (r < 0 and not first) or (start.cache == EMPTY and r >= COMPILE_ROUNDS):
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        if not setting.quick and not setting.cuda:
+            attempt(setting, model, batch, replace(next(iter(found)), cache=""), Path(folder))
+        for r in range(1 if setting.quick else min(setting.rounds, ROUNDS)):
+            if r and setting.cuda and time.monotonic() - began > GPU_SECONDS:
+                break
+            for start in found:
+                if start in bad or (r and start.cache == EMPTY):
                     continue
-                try:
-                    times = fresh(setting, model, batch, start, Path(filled))
-                    check(times["error"], times["limit"])
-                except Unavailable as why:
-                    bad[start] = {"status": "unavailable", "reason": str(why)}
-                except Wrong as why:
-                    bad[start] = {"status": "wrong", "reason": str(why)}
-                except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as why:
-                    bad[start] = {"status": "failed", "reason": short(why)}
+                if start.cache == FILLED and replace(start, cache=EMPTY) in bad:
+                    bad[start] = {**bad[replace(start, cache=EMPTY)]}  # nothing has filled it
+                    continue
+                times = attempt(setting, model, batch, start, Path(folder))
+                if "status" in times:
+                    bad[start] = times
                 else:
-                    if r >= 0:
-                        found[start].append(times)
+                    found[start].append(times)
     every = [times for these in found.values() for times in these]
     rows = imports(every)
     for start, these in found.items():
@@ -117,18 +127,33 @@ def start_rows(setting: Setting, model: str, batch: int) -> list[Row]:
     return [{**row, "model": model, "batch": batch} for row in rows]
 
 
-def fresh(setting: Setting, model: str, batch: int, start: Start, filled: Path) -> Row:
+def attempt(setting: Setting, model: str, batch: int, start: Start, folder: Path) -> Row:
+    """What a process measured, or ``status`` and ``reason`` why there is nothing."""
+    try:
+        times = fresh(setting, model, batch, start, folder)
+        check(times["error"], times["limit"])
+    except Unavailable as why:
+        return {"status": "unavailable", "reason": str(why)}
+    except Wrong as why:
+        return {"status": "wrong", "reason": str(why)}
+    except Exception as why:
+        return {"status": "failed", "reason": short(why)}
+    return times
+
+
+def fresh(setting: Setting, model: str, batch: int, start: Start, kept: Path) -> Row:
     """Seconds that a fresh process measures.
 
     Args:
-        filled: folder of the caches that are kept from process to process.
+        kept: folder of the caches that one process fills for others, a folder for each backend and precision.
 
     Raises:
         Unavailable: the backend cannot run here. RuntimeError: the process failed.
     """
     if start.backend:
         require_backend(start.backend, setting)
-    folder = filled if start.cache == FILLED else Path(tempfile.mkdtemp())
+    shared = start.kind == "ours" and bool(start.cache)
+    folder = kept / f"{start.backend}-{start.precision}" if shared else Path(tempfile.mkdtemp())
     environment = child_environment(
         {"TRITON_CACHE_DIR": str(folder / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
     )
@@ -139,7 +164,7 @@ def fresh(setting: Setting, model: str, batch: int, start: Start, filled: Path) 
             timeout=SECONDS, check=False,
         )  # fmt: skip
     finally:
-        if folder != filled:
+        if not shared:
             shutil.rmtree(folder, ignore_errors=True)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -160,7 +185,7 @@ def calls(text: str, model: str, batch: str, what: str) -> Row:
     torch.zeros(1, device=setting.device)
     synchronize()
     device = time.perf_counter() - began
-    p = problem(setting, model, int(batch))
+    p = problem_at(setting, model, int(batch))
     work, verify, limit = prepared(setting, p, start)
     synchronize()
     seconds = []
@@ -248,7 +273,7 @@ def middle(row: Row, key: str) -> str:
 def draw(rows: Sequence[Row], figure: Any) -> None:
     """Import, first, second and later calls, a panel a case."""
     names = [case for case in names_of(rows) if good(row for row in rows if row["case"] == case)]
-    for axes, case in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    for axes, case in zip(figure.subplots(1, max(1, len(names)), squeeze=False)[0], names, strict=False):
         mine = good(row for row in rows if row["case"] == case)[::-1]
         axes.barh([row["name"] for row in mine], [row["ms"]["0.5"] for row in mine], color="#2a6fbb")
         for key, marker in (("second_ms", "|"), ("later_ms", "x")):
@@ -270,8 +295,8 @@ QUESTION = Question(
     conditions=(
         "each in a fresh process with the files in memory; 3x32x32 random images, k 0.02, T 2 + K 1 tangent; a first "
         "call loads the library and compiles, the device itself has answered before; empty cache: of Triton and of "
-        f"torch.compile, {COMPILE_ROUNDS} processes"
+        f"torch.compile, one process; of the others up to {ROUNDS}"
     ),
     draw=draw,
-    seconds={"cpu": 60.0, "cuda": 240.0},
+    seconds={"cpu": 40.0, "cuda": 25.0},
 )

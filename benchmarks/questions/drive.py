@@ -121,6 +121,6 @@ QUESTION = Question(
     partial(layers.lines, "drive by"),
     conditions=f"{layers.CONDITIONS}; the drive comes with the winners of max pooling",
     draw=layers.draw,
-    seconds={"cpu": 50.0, "cuda": 15.0},
+    seconds={"cpu": 20.0, "cuda": 15.0},
     wgmma=True,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -16,6 +16,7 @@ from benchmarks.case import Case, Row, Unavailable, short
 from benchmarks.markdown import cases as names_of
 from benchmarks.markdown import good, number, table, without_figures
 from benchmarks.problem import (
+    BATCHES,
     PRECISIONS,
     Problem,
     backends_of,
@@ -24,20 +25,20 @@ from benchmarks.problem import (
     network_of,
     problem_of,
     require_backend,
+    size_of,
     tf32,
 )
 from benchmarks.registry import Question, Target
 from benchmarks.setting import Setting
-from ep_kernels import Parameters, RelaxConfig, ep_gradients, free_phase
+from ep_kernels import Equilibrium, Parameters, RelaxConfig, ep_gradients, free_phase
 from ep_kernels.precision import rounded
 from ep_train.bptt import bptt_gradients
 from ep_train.check import compare, smallest_cosine
 
 SETTLE = 30  # sweeps to convergence, and again as many through which BPTT goes
 LEAST = 0.99  # a precision with a layer below this is not a default
-EXACT = "float64, reference"
 MANY = {"free_steps": 6, "nudged_steps": 4, "estimator": "symmetric"}
-FEW = {"free_steps": 2, "nudged_steps": 1, "estimator": "tangent"}
+FEW = BATCHES["T 2 + K 1, tangent"]
 # A CPU has no fp16 or bf16 products of its own: the reference rounds the operands and accumulates in float32, as
 # tensor cores do. Neither backend rounds to tf32, and in bf16 the backend cpu leaves the contrast in float32.
 ON_CPU = {"reference": ("fp32", "fp16", "fp16, fp32 states", "bf16"), "cpu": ("fp32", "bf16")}
@@ -56,7 +57,7 @@ class Subject:
     size: int
     batch: int
     gain: float
-    settings: dict[str, Any]
+    settings: Mapping[str, Any]
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -71,7 +72,7 @@ def subjects(setting: Setting) -> list[Subject]:
         small, large = ("3-4p-5-4p", 8, 2), ("2p-3-3p-2", 8, 2)
     nets = [small, large]
     if setting.models:
-        nets = [(m, 8 if setting.quick else 32, large[2]) for m in setting.models]
+        nets = [(m, size_of(setting), large[2]) for m in setting.models]
     if setting.batches:
         nets = [(m, size, b) for m, size, _ in nets for b in setting.batches]
     return [
@@ -91,8 +92,6 @@ def attempt(name: str, make: Callable[[], Row]) -> Row:
     """A row, or the reason why there is none."""
     try:
         return {"name": name, "status": "ok", **make()}
-    except TimeoutError:
-        raise
     except Unavailable as why:
         return {"name": name, "status": "unavailable", "reason": str(why)}
     except Exception as error:
@@ -165,8 +164,8 @@ def network_rows(setting: Setting, subject: Subject) -> list[Row]:
     ]
 
 
-def cosines(setting: Setting, subject: Subject, precision: str, on: str) -> Row:
-    """``cosines`` and ``norms`` by tensor; ``smallest`` cosine over the weights of the connections."""
+def estimate(setting: Setting, subject: Subject, precision: str, on: str) -> tuple[Parameters, Equilibrium]:
+    """EP gradients of a variant, and where its free phase ended."""
     require_backend(on, setting)
     p = problem(setting, subject)
     if precision == "float64":
@@ -174,7 +173,12 @@ def cosines(setting: Setting, subject: Subject, precision: str, on: str) -> Row:
     else:
         config = PRECISIONS[precision].config(**subject.settings)
     with tf32(precision == "tf32"):  # what PyTorch computes of it, too
-        gradients, equilibrium = ep_gradients(p.network, p.parameters, p.x, p.targets, config, backend=on)
+        return ep_gradients(p.network, p.parameters, p.x, p.targets, config, backend=on)
+
+
+def cosines(setting: Setting, subject: Subject, precision: str, on: str) -> Row:
+    """``cosines`` and ``norms`` by tensor; ``smallest`` cosine over the weights of the connections."""
+    gradients, equilibrium = estimate(setting, subject, precision, on)
     true, settled = truth_of(setting, subject).at(equilibrium.states)
     rows = compare(gradients, true)
     return {

@@ -7,6 +7,7 @@ triton runs, bound to its buffers (benchmarks/launches.py).
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 
 import torch.nn.functional as F
@@ -15,15 +16,15 @@ from torch import Tensor
 from benchmarks import layers
 from benchmarks.baselines.plain import POOLINGS
 from benchmarks.case import Timed, Unavailable
-from benchmarks.launches import launches
+from benchmarks.launches import launches, programs
 from benchmarks.layers import Layer, Make, Op, timed
 from benchmarks.problem import (
     FLOAT16_LIMIT,
-    PRECISIONS,
     Precision,
     backends_of,
     label,
     layer_flops,
+    precisions,
     relative_error,
 )
 from benchmarks.questions.drive import DTYPES, dtype_of
@@ -156,11 +157,17 @@ def our_launches(layer: Layer) -> dict[str, Make]:
     """Where triton is among the backends that were asked for, or can run."""
     if "triton" not in backends_of(layer.setting):
         return {}
-    names = layer.setting.choose(layer.setting.precisions, ("fp32",), tuple(PRECISIONS), ("fp32",))
-    return {f"our launches, triton, {name}": partial(launches, layer, PRECISIONS[name]) for name in names}
+    return {f"our launches, triton, {q.name}": partial(launches, layer, q) for q in precisions(layer.setting)}
 
 
-OP = Op("relax_step", ours, eager, alone, flops, tuple(DTYPES), our_launches)
+def forget() -> None:
+    """After a case: the buffers of its launches, and what backends keep."""
+    programs.cache_clear()
+    gc.collect()
+    backends.release()
+
+
+OP = Op("relax_step", ours, eager, alone, flops, tuple(DTYPES), our_launches, forget)
 QUESTION = Question(
     "relax_step",
     "one free update of each layer: the op relax_step and our launches, against PyTorch's calls and the roofline",
@@ -171,6 +178,6 @@ QUESTION = Question(
         "feedback of the layer above, damping and clip"
     ),
     draw=layers.draw,
-    seconds={"cpu": 50.0, "cuda": 40.0},
+    seconds={"cpu": 20.0, "cuda": 40.0},
     wgmma=True,
 )

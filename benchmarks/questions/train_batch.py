@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from benchmarks.baselines.plain import PlainEP, Pooling
 from benchmarks.baselines.published import AutogradLoop, FeedForward
 from benchmarks.baselines.unrolled import bptt, checkpointed
-from benchmarks.case import Case, Competitor, Row, Timed, Unavailable, compete
+from benchmarks.case import Case, Competitor, Row, Timed, Unavailable, check, compete, short
 from benchmarks.graphs import captured
-from benchmarks.markdown import cases as names_of
 from benchmarks.markdown import good, mebibytes, ms, number, ratio, table, without_figures
 from benchmarks.memory import cpu_peak, gpu_peak
+from benchmarks.plots import bars, finish, panels
 from benchmarks.problem import (
     BATCHES,
+    COMPILED,
     PRECISIONS,
     Precision,
     Problem,
@@ -28,8 +30,8 @@ from benchmarks.problem import (
     batch_flops,
     label,
     largest_error,
-    network_of,
-    problem_of,
+    precisions,
+    problem_at,
     relative_error,
     require_backend,
     tf32,
@@ -37,92 +39,123 @@ from benchmarks.problem import (
 from benchmarks.registry import Question, Target
 from benchmarks.setting import Setting
 from ep_kernels import Parameters, RelaxConfig, backends, ep_gradients, free_phase, readout
+from ep_kernels import backend as ep_backend
 from ep_train.check import compare, smallest_cosine, true_gradients
 
 FEW, DEFAULT = BATCHES  # names of the settings of ours
 PUBLISHED = (250, 30)  # T and K of the autograd loop
 LONG = 60  # sweeps that BPTT goes through
 BACKPROP = "backprop"
-COMPILED = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # of torch.compile; graphs are ours
 Make = Callable[[], Timed]
 
 
 def cases(setting: Setting) -> list[Case]:
-    """A case a network and batch: all competitors in turn."""
-    models = setting.choose(setting.models, ("laborieux/2", "vgg8/2"), ("vgg11",), ("3p-4",))
+    """A case a network, batch and group of competitors, the most wanted first: what is cut by time loses one group."""
+    models = setting.choose(setting.models, ("laborieux/4", "vgg8/4"), ("vgg11",), ("3p-4",))
     batches = setting.choose(setting.batches, (32,), (256, 128), (2,))
-    limit = 240.0 if setting.cuda else 600.0
-    return [Case(f"{m}, batch {b}", partial(batch_rows, setting, m, b), limit) for m in models for b in batches]
+    pairs = [(m, b) for b in batches for m in models]
+    return [
+        Case(f"{m}, batch {b}: {group}", partial(batch_rows, setting, m, b, group, names), 300.0)
+        for number in range(max(len(groups(setting, m, b)) for m, b in pairs))
+        for m, b in pairs
+        for group, names in list(groups(setting, m, b).items())[number : number + 1]
+    ]
 
 
 def parts(key: str) -> tuple[str, int]:
     """Network and batch of a case's key."""
-    model, batch = key.split(", batch ")
+    model, batch = key.split(": ")[0].split(", batch ")
     return model, int(batch)
 
 
-def size_of(setting: Setting) -> int:
-    """Side of the images."""
-    return 8 if setting.quick else 32
+def rounds_of(name: str) -> int | None:
+    """Rounds that slow ones take part in."""
+    return 1 if name == loop_name() else 2 if f"T = {LONG}" in name else None
 
 
-def problem(setting: Setting, model: str, batch: int) -> Problem:
-    """Of a case."""
-    return problem_of(network_of(model, size_of(setting)), batch, setting.device)
+def groups(setting: Setting, model: str, batch: int) -> dict[str, list[str]]:
+    """Names of competitors that are timed together, each with backprop and with the first of ours.
 
-
-def batch_rows(setting: Setting, model: str, batch: int) -> list[Row]:
-    """Times, then peak memory of every competitor that has a time."""
-    rows = compete(setting, competitors(setting, model, batch), against=backprop_name(setting), least=0.05)
-    kinds = makers(setting, model, batch)
-    for row in rows:
-        row |= {"model": model, "batch": batch}
-        if row["status"] != "ok" or row["name"] == loop_name():
-            continue  # the loop's memory is that of the same loop with our settings: it keeps one step's graph
-        if setting.cuda:
-            work = kinds[row["name"]]().work
-            row["memory"] = gpu_peak(lambda work=work: [work() for _ in range(3)], fresh=backends.release)
+    Ours are a group a precision: the GPU backends keep buffers and graphs of so many relaxations only.
+    """
+    names = list(makers(setting, model, batch))
+    both = [names[0], to_name(setting)]
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if name.startswith("ours"):
+            group = ", ".join(name.split(", ")[:1] + name.split(", ")[2:-2])  # without the backend and the sweeps
+        elif "torch.compile" in name:
+            group = name
         else:
-            found = cpu_peak("benchmarks.questions.train_batch:alone", setting.json(), model, batch, row["name"])
-            row["memory"] = found
+            kinds = {BACKPROP: "backprop", "the same in": "PyTorch", "BPTT": "BPTT", "autograd": "autograd"}
+            group = next(kind for start, kind in kinds.items() if name.startswith(start))
+        found.setdefault(group, []).append(name)
+    if not setting.cuda:
+        del found["backprop"]  # it is in every other group
+    return {group: list(dict.fromkeys([*both, *mine])) for group, mine in found.items()}
+
+
+def batch_rows(setting: Setting, model: str, batch: int, group: str, names: Sequence[str]) -> list[Row]:
+    """Times, then peak memory of every competitor that has a time. ``repeated``: another case has the same row."""
+    kinds = makers(setting, model, batch)
+    competitors = [Competitor(name, kinds[name], rounds_of(name)) for name in names]
+    rows = compete(setting, competitors, against=to_name(setting), least=0.05)
+    first = next(iter(groups(setting, model, batch)))
+    for row in rows:
+        row |= {"model": model, "batch": batch, "repeated": group != first and row["name"] in names[:2]}
+        if row["status"] != "ok" or row["repeated"]:
+            continue
+        try:
+            row["memory"] = peak(setting, model, batch, row["name"], kinds[row["name"]])
+        except Exception as why:  # a time without its memory is a time
+            row["memory_reason"] = short(why)
     return rows
 
 
-def alone(text: str, model: str, batch: int, name: str) -> Callable[[], object]:
-    """One competitor's work, for a process that measures its memory; libraries are loaded by two images first.
+def peak(setting: Setting, model: str, batch: int, name: str, make: Make) -> int | None:
+    """Bytes beyond parameters and inputs; None where a number would mislead.
 
-    (By one image they are not: its convolutions take other code.)
+    A CUDA graph has its memory before it is called. The published loop has that of the same loop with our settings,
+    which keeps one step's graph as well.
     """
+    if name == loop_name() or "CUDA graph" in name:
+        return None
+    if not setting.cuda:
+        return cpu_peak("benchmarks.questions.train_batch:alone", setting.json(), model, batch, name)
+    work = make().work
+
+    def thrice() -> None:
+        for _ in range(3):  # the backend cuda captures its graph in the second call
+            work()
+
+    return gpu_peak(thrice, fresh=backends.release)
+
+
+def alone(text: str, model: str, batch: int, name: str) -> Callable[[], object]:
+    """One competitor's work, for a process that measures its memory: it has run once, so what it loads is loaded."""
     setting = Setting.parse(text)
     setting.apply()
-    makers(setting, model, 2)[name]().work()
-    return makers(setting, model, batch)[name]().work
-
-
-def competitors(setting: Setting, model: str, batch: int) -> list[Competitor]:
-    """Slow ones take part in one round."""
-    once = {loop_name(): 1}
-    return [Competitor(name, make, once.get(name)) for name, make in makers(setting, model, batch).items()]
+    work = makers(setting, model, batch)[name]().work
+    work()
+    return work
 
 
 def makers(setting: Setting, model: str, batch: int) -> dict[str, Make]:
     """By name. Ours first; what compiles last."""
-    p = partial(problem, setting, model, batch)
+    p = partial(problem_at, setting, model, batch)
     found: dict[str, Make] = {}
     for on in backends_of(setting):
         for precision in precisions(setting):
             for name in BATCHES:
                 key = f"ours, {label(on, setting)}, {precision.name}, {name}"
                 found[key] = partial(our_batch, setting, p, on, precision, name)
+    if setting.cuda:
+        found[to_name(setting)] = partial(backprop, setting, p, backprop_name(setting), "graph")
     found[backprop_name(setting)] = partial(backprop, setting, p, backprop_name(setting))
     if setting.wgmma:
         return found
     for kind in ("backprop fp32", "backprop tf32") if setting.cuda else ():
         found[kind] = partial(backprop, setting, p, kind)
-    if setting.cuda:
-        found[f"{BACKPROP} fp16 autocast, CUDA graph"] = partial(
-            backprop, setting, p, "backprop fp16 autocast", "graph"
-        )
     for name in BATCHES if setting.cuda else (FEW,):
         found[f"the same in eager PyTorch, {name}"] = partial(plain_batch, setting, p, name, None, False)
         if setting.cuda:
@@ -141,20 +174,19 @@ def makers(setting: Setting, model: str, batch: int) -> dict[str, Make]:
             key = f"the same under torch.compile ({mode}{graph}), {name}"
             found[key] = partial(plain_batch, setting, p, name, COMPILED[mode], setting.cuda)
     if setting.cuda:
-        key = f"{BACKPROP} fp16 autocast, torch.compile (max-autotune, CUDA graph)"
-        found[key] = partial(backprop, setting, p, "backprop fp16 autocast", "compiled")
+        key = f"{backprop_name(setting)}, torch.compile (max-autotune, CUDA graph)"
+        found[key] = partial(backprop, setting, p, backprop_name(setting), "compiled")
     return found
 
 
-def precisions(setting: Setting) -> list[Precision]:
-    """Of our operands."""
-    names = setting.choose(setting.precisions, ("fp32",), tuple(PRECISIONS), ("fp32",))
-    return [PRECISIONS[name] for name in names]
-
-
 def backprop_name(setting: Setting) -> str:
-    """What ratios are to: the fastest that needs no tuning."""
+    """Of the usual backprop batch, called from Python."""
     return f"{BACKPROP} fp16 autocast" if setting.cuda else BACKPROP
+
+
+def to_name(setting: Setting) -> str:
+    """What ratios are to: the same on a GPU as a CUDA graph, for Python is slower than these batches."""
+    return f"{backprop_name(setting)}, CUDA graph" if setting.cuda else BACKPROP
 
 
 def loop_name(which: str = "published") -> str:
@@ -162,7 +194,7 @@ def loop_name(which: str = "published") -> str:
     return {
         "published": f"autograd of the energy, T = {PUBLISHED[0]}, K = {PUBLISHED[1]}",
         "ours": "autograd of the energy, our gain, order and sweeps (2 + 1)",
-        "local": "the same, each layer by its own two terms only",
+        "local": "autograd of a layer's own two terms, the same settings",
     }[which]
 
 
@@ -180,6 +212,14 @@ def true_batch(p: Problem, name: str) -> Parameters:
     return ep_gradients(exact.network, exact.parameters, exact.x, exact.targets, config, backend="reference")[0]
 
 
+def cosine_to_bptt(p: Problem, gradients: Parameters, states: Sequence[Tensor]) -> float:
+    """Smallest over layers, to BPTT to convergence from these states, in float32 by the reference."""
+    with tf32(False), ep_backend("reference"):
+        start = [s.to(torch.float32) for s in states]
+        true, _ = true_gradients(p.network, p.parameters, start, p.targets, steps=20)
+    return smallest_cosine(compare(gradients, true))
+
+
 def our_batch(setting: Setting, given: Callable[[], Problem], on: str, precision: Precision, name: str) -> Timed:
     """``ep_gradients``, with the smallest cosine over layers to the true gradient."""
     dtype = torch.float32
@@ -194,9 +234,7 @@ def our_batch(setting: Setting, given: Callable[[], Problem], on: str, precision
 
     def verify() -> float:
         gradients, equilibrium = ep_gradients(p.network, p.parameters, p.x, p.targets, config, backend=on)
-        states = [s.to(torch.float32) for s in equilibrium.states]
-        true, _ = true_gradients(p.network, p.parameters, states, p.targets, steps=20)
-        values["cosine"] = smallest_cosine(compare(gradients, true))
+        values["cosine"] = cosine_to_bptt(p, gradients, equilibrium.states)
         return gradient_error(gradients, true_batch(p, name))
 
     return Timed(work, verify, precision.gradient_error, values=values)
@@ -221,11 +259,12 @@ def plain_batch(setting: Setting, given: Callable[[], Problem], name: str, mode:
         return gradient_error(work(), true_batch(p, name))
 
     values = {"setting": name, "precision": "fp16" if setting.cuda else "fp32"}
-    if graph:
-        verify_first = verify()
-        replay, calls = captured([work])
-        return Timed(replay, lambda: verify_first, 0.3, calls, values)
-    return Timed(work, verify, 0.3 if setting.cuda else 0.05, values=values)
+    limit = PRECISIONS["fp16" if setting.cuda else "fp32"].gradient_error  # that of ours
+    if not graph:
+        return Timed(work, verify, limit, values=values)
+    error = check(verify(), limit)
+    replay, calls = captured([work], lambda out: gradient_error(out, true_batch(p, name)), limit)
+    return Timed(replay, lambda: error, limit, calls, values)
 
 
 def backprop(setting: Setting, given: Callable[[], Problem], kind: str, how: str = "called") -> Timed:
@@ -257,8 +296,13 @@ def backprop(setting: Setting, given: Callable[[], Problem], kind: str, how: str
     limit = 2e-2 if half or rounded else 1e-4
     if how == "called":
         return Timed(work, verify, limit)
-    error = verify()
-    replay, calls = captured([work])
+    error = check(verify(), limit)
+    called = work()
+
+    def same(out: Sequence[Tensor]) -> float:
+        return largest_error(out, called)
+
+    replay, calls = captured([work], same, limit)
     return Timed(replay, lambda: error, limit, calls)
 
 
@@ -268,9 +312,10 @@ def unrolled(given: Callable[[], Problem], total: int, steps: int) -> Timed:
 
     def gradients(of: Problem, total: int, steps: int) -> Parameters:
         config = RelaxConfig(free_steps=total)
-        if steps:
-            return bptt(of.network, of.parameters, of.x, of.targets, config, steps)
-        return checkpointed(of.network, of.parameters, of.x, of.targets, config)
+        with tf32(False):
+            if steps:
+                return bptt(of.network, of.parameters, of.x, of.targets, config, steps)
+            return checkpointed(of.network, of.parameters, of.x, of.targets, config)
 
     def verify() -> float:
         """Through four sweeps, in float64 (more of them only repeat)."""
@@ -308,18 +353,27 @@ def autograd_loop(given: Callable[[], Problem], which: str, free_steps: int = 2,
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
+def by_problem(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows with figures of each network and batch; of those that several cases have, the first."""
+    found: dict[str, list[Row]] = {}
+    for row in good(rows):
+        if not row["repeated"]:
+            key = row["case"].split(": ")[0] + (", wgmma" if row["case"].endswith(", wgmma") else "")
+            found.setdefault(key, []).append(row)
+    return found
+
+
 def lines(rows: Sequence[Row]) -> list[str]:
-    """A table a case."""
+    """A table a network and batch."""
     out: list[str] = []
-    for case in names_of(rows):
-        mine = good(row for row in rows if row["case"] == case)
+    for name, mine in by_problem(rows).items():
         to = next((row["ratio"]["to"] for row in mine if row.get("ratio")), "")
         cells = [
             [row["name"], ms(row), ratio(row) or "1", images_per_second(row), mebibytes(row), number(row.get("cosine"))]
             for row in mine
         ]
-        head = ("batch by", "ms (quantiles 0.2 to 0.8)", f"/ {to}", "images/s", "peak MiB", "smallest cosine")
-        out += [f"{case}:", "", *table(head, cells), ""]
+        head = ("implementation", "ms (quantiles 0.2 to 0.8)", f"/ {to}", "images/s", "peak MiB", "smallest cosine")
+        out += [f"{name}:", "", *table(head, cells), ""]
     return [*out[:-1], *without_figures(rows)]
 
 
@@ -328,46 +382,65 @@ def images_per_second(row: Row) -> str:
     return f"{row['batch'] / row['ms']['0.5'] * 1e3:.0f}"
 
 
+TO_BACKPROP = Target("EP batch at cosine >= 0.98 / backprop batch", None, "<=", 3, "VGG-11")
+TO_LOOP = Target("published autograd loop / EP batch", None, ">=", 30, "VGG-11")  # on a CPU 10
+TO_SAME_LOOP = Target("the loop with our settings / EP batch", None, ">=", 4, "VGG-11")
+TO_PYTORCH = Target("best PyTorch batch of the same algorithm / EP batch", None, ">=", 2, "VGG-11, torch.compile")
+
+
 def targets(rows: Sequence[Row]) -> list[Target]:
-    """Of each case; ours is the fastest whose smallest cosine is at least 0.98."""
+    """Of each network and batch; ours is the fastest whose smallest cosine is at least 0.98."""
     found = []
-    for case in names_of(rows):
-        mine = {row["name"]: row for row in good(row for row in rows if row["case"] == case)}
-        fine = [r for r in mine.values() if r["name"].startswith("ours") and r.get("cosine", 0) >= 0.98]
-        best = min(fine, key=lambda r: r["ms"]["0.5"], default=None)
-
-        def over(name: str, sign: str, bound: float, measure: str, case: str = case, best: Row | None = best,
-                 mine: dict[str, Row] = mine) -> Target:  # fmt: skip
-            value = None
-            if best is not None and name in mine:
-                a, b = best["ms"]["0.5"], mine[name]["ms"]["0.5"]
-                value = a / b if sign == "<=" else b / a
-            return Target(measure, value, sign, bound, f"{case}, {best['name'] if best else ''}".rstrip(", "))
-
-        cuda = any("fp16 autocast" in name for name in mine)
-        back = f"{BACKPROP} fp16 autocast" if cuda else BACKPROP
-        found.append(over(back, "<=", 3, "EP batch at cosine >= 0.98 / backprop batch"))
-        found.append(over(loop_name(), ">=", 30 if cuda else 10, "published autograd loop / EP batch"))
-        found.append(over(loop_name("ours"), ">=", 4, "the loop with our settings / EP batch"))
-        if cuda and best is not None:
-            plain = [name for name in mine if name.startswith("the same") and name.endswith(str(best["setting"]))]
-            first = min(plain, key=lambda name: mine[name]["ms"]["0.5"], default="")
-            found.append(over(first, ">=", 2, "best PyTorch batch of the same algorithm / EP batch"))
+    for name, mine in by_problem(rows).items():
+        fine = [row for row in mine if row["name"].startswith("ours") and row.get("cosine", 0) >= 0.98]
+        best = min(fine, key=lambda row: row["ms"]["0.5"], default=None)
+        cuda = any("fp16 autocast" in row["name"] for row in mine)
+        of = f"{name}, {best['name']}" if best else name
+        back = fastest(row for row in mine if row["name"].startswith(BACKPROP))
+        value = None if best is None or back is None else best["ms"]["0.5"] / back["ms"]["0.5"]
+        against = f" (fastest: {back['name']})" if back is not None and back["name"] != BACKPROP else ""
+        found.append(replace(TO_BACKPROP, value=value, of=of + against))
+        if name.endswith(", wgmma"):
+            continue
+        case = [row for row in good(rows) if row["case"].startswith(f"{name}: autograd")]
+        ours = next((row for row in case if row["name"].startswith("ours")), None)
+        of = f"{name}, {ours['name']}" if ours is not None else name
+        loop = paired(case, loop_name(), ours)
+        found.append(replace(TO_LOOP, value=loop, bound=TO_LOOP.bound if cuda else 10, of=of))
+        same = paired(case, loop_name("ours"), ours)
+        found.append(replace(TO_SAME_LOOP, value=same, of=of))
+        if cuda:
+            plain = [row for row in mine if row["name"].startswith("the same") and best is not None]
+            plain = [row for row in plain if best is not None and row.get("setting") == best["setting"]]
+            first = fastest(plain) if any("torch.compile" in row["name"] for row in plain) else None
+            value = None if best is None or first is None else first["ms"]["0.5"] / best["ms"]["0.5"]
+            of = f"{name}" + (f", {first['name']}" if first is not None else ", none compiled")
+            found.append(replace(TO_PYTORCH, value=value, of=of))
     return found
 
 
+def fastest(rows: Iterable[Row]) -> Row | None:
+    """Of rows with times."""
+    return min(rows, key=lambda row: float(row["ms"]["0.5"]), default=None)
+
+
+def paired(rows: Sequence[Row], name: str, ours: Row | None) -> float | None:
+    """Median over rounds of a competitor's time over ours in the same round of the same case."""
+    slow = next((row for row in rows if row["name"] == name), None)
+    if slow is None or ours is None:
+        return None
+    pairs = zip(slow["samples"], ours["samples"], strict=False)
+    return statistics.median(a / b for a, b in pairs)
+
+
 def draw(rows: Sequence[Row], figure: Any) -> None:
-    """Images per second of every competitor, a panel a case."""
-    names = names_of(rows)
-    for axes, case in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        mine = sorted(good(row for row in rows if row["case"] == case), key=lambda row: -row["ms"]["0.5"])
-        rates = [row["batch"] / row["ms"]["0.5"] * 1e3 for row in mine]
-        colours = ["#2a6fbb" if row["name"].startswith("ours") else "#9aa5b1" for row in mine]
-        axes.barh([row["name"] for row in mine], rates, color=colours)
+    """Images per second of every competitor, a panel a network and batch."""
+    found = by_problem(rows)
+    for axes, (name, mine) in zip(panels(figure, list(found)), found.items(), strict=False):
+        slowest_first = sorted(mine, key=lambda row: -float(row["ms"]["0.5"]))
+        bars(axes, slowest_first, lambda row: float(row["batch"] / row["ms"]["0.5"] * 1e3))
         axes.set_xscale("log")
-        axes.set_xlabel("images per second")
-        axes.set_title(case, fontsize=10)
-        axes.tick_params(axis="y", labelsize=7)
+        finish(axes, name, "images per second", "")
 
 
 QUESTION = Question(
@@ -382,6 +455,7 @@ QUESTION = Question(
     ),
     draw=draw,
     targets=targets,
-    seconds={"cpu": 200.0, "cuda": 80.0},
+    asked=(TO_BACKPROP, TO_LOOP, TO_SAME_LOOP, TO_PYTORCH),
+    seconds={"cpu": 150.0, "cuda": 80.0},
     wgmma=True,
 )

@@ -53,14 +53,10 @@ def parser() -> argparse.ArgumentParser:
     add("--bucket", type=float, default=25.0, help="MiB of gradients that travel together (default 25)")
     add("--tolerance", type=float, default=1e-5, help="relative error of the mean gradient in float32 (default 1e-5)")
     add("--gpus-per-node", type=int, default=8, help="of the predictions for GPUs (default 8)")
-    add(
-        "--node-bandwidth",
-        type=float,
-        help="GB/s a process inside a node (default: measured, or NVLink 4)",
-    )
+    add("--node-bandwidth", type=float, help="GB/s a process inside a node (default: measured, or 70 %% of NVLink 4)")
     add("--node-latency", type=float, help="us a message inside a node (default: the same)")
-    add("--network-bandwidth", type=float, help="GB/s a direction and process between nodes (default: NDR InfiniBand; "
-        "between CPUs 10 Gb/s Ethernet)")  # fmt: skip
+    add("--network-bandwidth", type=float, help="GB/s a direction and process between nodes (default: 70 %% of NDR "
+        "InfiniBand; between CPUs 10 Gb/s Ethernet)")  # fmt: skip
     add("--network-latency", type=float, help="us a message between nodes")
     add("--minutes", type=float, default=10.0, help="that one torchrun may take (default 10)")
     add("--json", type=Path, metavar="OUT", help="write the rows here; of other cases in it the rows stay")

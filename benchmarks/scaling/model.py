@@ -13,7 +13,7 @@ for m nodes of g processes: reduce-scatter in the node, all-reduce of each proce
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.case import Row
 
@@ -59,11 +59,20 @@ def fit(xs: Sequence[float], ys: Sequence[float]) -> Line:
 
 @dataclass(frozen=True)
 class Link:
-    """Between two neighbours of a ring: bytes/s a process and direction, seconds a message; ``source`` of both."""
+    """Between two neighbours of a ring: bytes/s a process and direction, seconds a message; ``source`` of both.
+
+    ``peak``: the bandwidth of a data sheet, where ``bandwidth`` is a share of it; None: measured or given.
+    """
 
     bandwidth: float
     latency: float
     source: str
+    peak: float | None = None
+
+    @property
+    def best(self) -> Link:
+        """The optimistic bound: at its peak."""
+        return self if self.peak is None else replace(self, bandwidth=self.peak)
 
     def __str__(self) -> str:
         return f"{self.bandwidth / GIGA:.3g} GB/s, {self.latency / MICRO:.3g} us ({self.source})"
@@ -71,9 +80,18 @@ class Link:
 
 # Peak bandwidths a direction. NVIDIA H100 and H200 SXM data sheets: NVLink 900 GB/s, which is of both directions; DGX
 # H100 data sheet: a ConnectX-7 of 400 Gb/s (NDR) for each GPU. Latencies: what NCCL's own tuner reckons with for rings
-# of its Simple protocol (NVIDIA/nccl, src/graph/tuning.cc, hwLat: 3.4 us by NVLink, 14 us by network).
-NVLINK = Link(450 * GIGA, 3.4 * MICRO, "NVLink 4, data sheet's peak; latency of NCCL's tuner")
-INFINIBAND = Link(50 * GIGA, 14 * MICRO, "NDR InfiniBand 400 Gb/s a GPU, peak; latency of NCCL's tuner")
+# of its Simple protocol (NVIDIA/nccl, src/graph/tuning.cc, hwLat: 3.4 us by NVLink, 14 us by network). No exchange
+# reaches the peak: the share that one of buckets like these reaches is an assumption, the peak an optimistic bound.
+SHARE = 0.7
+
+
+def _shared(peak: float, latency: float, source: str) -> Link:
+    """At its share of the peak."""
+    return Link(SHARE * peak, latency, f"{100 * SHARE:.0f} % of {source}; latency of NCCL's tuner", peak)
+
+
+NVLINK = _shared(450 * GIGA, 3.4 * MICRO, "NVLink 4's 450 GB/s, data sheet")
+INFINIBAND = _shared(50 * GIGA, 14 * MICRO, "NDR InfiniBand's 50 GB/s a GPU, data sheet")
 # IEEE 802.3ae: 10 Gb/s. The latency is an assumption about TCP through one switch.
 ETHERNET = Link(1.25 * GIGA, 50 * MICRO, "10 Gb/s Ethernet a machine, peak; latency assumed")
 
@@ -139,6 +157,11 @@ class Cost:
         g, m = cluster.per_node, cluster.nodes
         return self.copies + sum(ring(g, s, self.inside) + ring(m, s / g, self.between) for s in self.buckets)
 
+    @property
+    def best(self) -> Cost:
+        """The optimistic bound: links at their peak."""
+        return replace(self, inside=self.inside.best, between=self.between.best)
+
     def step(self, cluster: Cluster, batch: float, *, overlap: bool = False) -> float:
         """Seconds of a step with ``batch`` images a process.
 
@@ -154,10 +177,14 @@ def predictions(cost: Cost, over: Sequence[Cluster], batch: int, total: int) -> 
 
     Returns:
         ``predicted_ms``, ``images_per_second``, ``efficiency`` (images/s a process over those of the first cluster),
-        and the same as ``overlap_...``: the bound with full overlap. Strong scaling has rows where ``total`` can be
-        divided evenly.
+        and the same as ``overlap_...``: the bound with full overlap, and, where a link is a share of its peak, as
+        ``peak_...``: the bound with links at their peaks. Strong scaling has rows where ``total`` can be divided
+        evenly.
     """
     rows: list[Row] = []
+    bounds = {"": (cost, False), "overlap_": (cost, True)}
+    if cost.best != cost:
+        bounds["peak_"] = (cost.best, False)
     for kind in ("weak", "strong"):
         for cluster in over:
             n = cluster.processes
@@ -177,9 +204,9 @@ def predictions(cost: Cost, over: Sequence[Cluster], batch: int, total: int) -> 
             }
             first = over[0]
             base_local = batch if kind == "weak" else total / first.processes
-            for prefix, overlap in (("", False), ("overlap_", True)):
-                seconds = cost.step(cluster, local, overlap=overlap)
-                base = cost.step(first, base_local, overlap=overlap) / base_local  # seconds an image, of one process
+            for prefix, (of, overlap) in bounds.items():
+                seconds = of.step(cluster, local, overlap=overlap)
+                base = of.step(first, base_local, overlap=overlap) / base_local  # seconds an image, of one process
                 row |= {
                     f"{prefix}predicted_ms": 1e3 * seconds,
                     f"{prefix}images_per_second": n * local / seconds,

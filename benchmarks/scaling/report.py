@@ -17,6 +17,7 @@ from benchmarks.scaling.model import (
     INFINIBAND,
     MICRO,
     NVLINK,
+    SHARE,
     Cluster,
     Cost,
     Line,
@@ -56,7 +57,10 @@ def _override(link: Link, bandwidth: float | None, latency: float | None) -> Lin
     given = [name for name, value in (("bandwidth", bandwidth), ("latency", latency)) if value is not None]
     source = f"{' and '.join(given)} as given" + ("" if len(given) == 2 else f", else {link.source}")
     return Link(
-        link.bandwidth if bandwidth is None else bandwidth, link.latency if latency is None else latency, source
+        link.bandwidth if bandwidth is None else bandwidth,
+        link.latency if latency is None else latency,
+        source,
+        link.peak if bandwidth is None else None,
     )
 
 
@@ -183,6 +187,8 @@ def predicted_rows(job: Job, runs: Sequence[Measured], links: Links, total: int)
     name = f"{job.model}, predicted from {job.processes_of(first)}"
     kept = {"case": name, "status": "ok", "model": job.model, "setting": job.setting, "precision": job.precision,
             "inside": str(inside) if per_node > 1 else "none", "between": str(between), "gpus": cuda}  # fmt: skip
+    for row in rows:
+        row["outside"] = not inside_fit(first, compute, row["local_batch"])
     notes = assumptions(job, first, cost, over, compute, total)
     return [{**kept, **row} for row in rows], notes
 
@@ -197,7 +203,8 @@ def assumptions(job: Job, first: Measured, cost: Cost, over: Sequence[Cluster], 
         (
             f"compute(b) = {1e3 * cost.compute.constant:.4g} ms + {1e3 * cost.compute.slope:.4g} ms b: least squares "
             f"of relative deviations over b = {', '.join(map(str, images))} (largest deviation "
-            f"{100 * cost.compute.spread:.1f} %), {job.processes_of(first)}; extrapolated beyond b = {max(images)}"
+            f"{100 * cost.compute.spread:.1f} %), {job.processes_of(first)}; extrapolated below "
+            f"b = {min(images)} and above b = {max(images)} (outside, in the tables)"
         ),
         (
             f"exchanged: {size / 2**20:.3g} MiB of float32 gradients, buckets: {len(cost.buckets)}; filling and "
@@ -208,6 +215,7 @@ def assumptions(job: Job, first: Measured, cost: Cost, over: Sequence[Cluster], 
             "a node, all-reduce of each process's part between nodes"
         ),
         f"{inside}between nodes, for each {'GPU' if cuda else 'process'}, {cost.between}",
+        *([AT_PEAK] if cost.best != cost else []),
         (
             "no congestion, no stragglers, no trees, no reduction in switches; of a step on "
             f"{last.nodes} nodes the network takes {by_network:.3g} ms"
@@ -218,6 +226,9 @@ def assumptions(job: Job, first: Measured, cost: Cost, over: Sequence[Cluster], 
         ),
         f"weak: {job.batch} images a process; strong: {total} images in all",
     ]
+    if not inside_fit(first, compute, total / over[0].processes):
+        lines.append(f"strong efficiencies are over {over[0].processes} with {total / over[0].processes:g} images "
+                     "each, which is extrapolated too")  # fmt: skip
     if cuda:
         lines.append(f"measured on GPUs: {n}; everything beyond is a prediction, not a measurement")
         return lines
@@ -226,6 +237,18 @@ def assumptions(job: Job, first: Measured, cost: Cost, over: Sequence[Cluster], 
         "predictions for GPUs need a measurement on one GPU (--device cuda)"
     )
     return lines
+
+
+AT_PEAK = (
+    f"bandwidths of data sheets count with {100 * SHARE:.0f} %, which is an assumption; the peak itself, in columns of "
+    "its own, is an optimistic bound"
+)
+
+
+def inside_fit(found: Measured, name: str, local: float) -> bool:
+    """Whether the line interpolates there."""
+    images = fit_x(found, name)
+    return min(images) <= local <= max(images)
 
 
 def fit_x(found: Measured, name: str) -> list[int]:
@@ -246,7 +269,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
             [where(row), row["name"].removeprefix("step, "), str(row["local_batch"]), ms(row),
              *(number(row[f"{part}_ms"]["0.5"]) if f"{part}_ms" in row else "" for part in
                ("compute", "exchange", "optimizer")),
-             number(row["images_per_second"]), number(row.get("efficiency", 1.0))]
+             number(row["images_per_second"]), number(row.get("efficiency", 1.0), 2)]
             for row in steps
         ],
     )  # fmt: skip
@@ -261,15 +284,18 @@ def lines(rows: Sequence[Row]) -> list[str]:
     )]  # fmt: skip
     for kind in ("weak", "strong"):
         mine = [row for row in rows if "nodes" in row and row.get("scaling") == kind]
+        shares = any("peak_predicted_ms" in row for row in mine)
         cells = [
-            [f"{row['nodes']} x {row['per_node']}", number(row["local_batch"]), number(row["predicted_ms"], 4),
-             number(row["exchange_ms"]), f"{row['images_per_second']:.0f}", number(row["efficiency"]),
-             number(row["overlap_predicted_ms"], 4), number(row["overlap_efficiency"])]
+            [f"{row['nodes']} x {row['per_node']}", images_of(row), number(row["predicted_ms"], 4),
+             number(row["exchange_ms"]), f"{row['images_per_second']:.0f}", number(row["efficiency"], 2),
+             *([number(row.get("peak_predicted_ms"), 4), number(row.get("peak_efficiency"), 2)] if shares else []),
+             number(row["overlap_predicted_ms"], 4), number(row["overlap_efficiency"], 2)]
             for row in mine
         ]  # fmt: skip
         each = "GPUs" if mine and mine[0]["gpus"] else "processes"
         head = (f"{kind}: nodes x {each}", "images a process", "predicted ms", "of it exchange", "images/s",
-                "efficiency", "bound with overlap: ms", "efficiency")  # fmt: skip
+                "efficiency", *(("bound with peak bandwidths: ms", "efficiency") if shares else ()),
+                "bound with overlap: ms", "efficiency")  # fmt: skip
         out += ["", *table(head, cells)]
     notes = [note for row in rows for note in row.get("assumptions", ())]
     return [*out, "", *(f"* {note}" for note in notes), *without_figures(rows)]
@@ -278,6 +304,11 @@ def lines(rows: Sequence[Row]) -> list[str]:
 def where(row: Row) -> str:
     """How many processes, of what."""
     return str(row["case"].split(", ")[-1])
+
+
+def images_of(row: Row) -> str:
+    """A process, and whether the line of the computation was fitted to batches like it."""
+    return f"{number(row['local_batch'], 6)}{' (outside)' if row.get('outside') else ''}"
 
 
 def percent(value: float | None) -> str:

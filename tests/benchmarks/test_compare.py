@@ -52,7 +52,7 @@ def test_faster_slower_and_the_same() -> None:
         "faster": ["  speed: small: faster: 10 (9.5 to 10.5) ms before, 8 (7.6 to 8.4) now: 0.8 times"],
         "slower": ["  speed: small: slower: 10 (9.5 to 10.5) ms before, 12 (11.4 to 12.6) now: 1.2 times"],
     }
-    assert c.lines()[-1] == "3 rows compared: 1 slower, 1 faster, 1 within the spread"
+    assert c.lines()[-1] == "3 rows compared: 1 slower, 1 faster, 1 within the spread or 2 %"
 
 
 def test_memory_beyond_five_percent_and_cosines_beyond_half_a_percent() -> None:
@@ -66,6 +66,53 @@ def test_memory_beyond_five_percent_and_cosines_beyond_half_a_percent() -> None:
     }
     assert list(found(after, before)) == ["less memory"]  # a cosine that rises is no news
     assert list(found([row("a", cosine=0.9)], [row("a", cosine=float("nan"))])) == ["smaller cosine"]
+
+
+def test_cosines_of_any_name() -> None:
+    tensors = {"a": 0.99, "b": 0.99, "c": 0.99, "d": float("nan")}
+    before = [row("x", smallest=0.99, cosines=tensors), row("y", cosine_least=0.9), row("z", smallest=0.99)]
+    fell = {**tensors, "b": 0.9, "c": 0.95}
+    after = [row("x", smallest=0.99, cosines=fell), row("y", cosine_least=0.8), row("z", smallest=0.987)]
+    assert found(before, after) == {
+        "smaller cosine": [
+            "  speed: small: x: of b: 0.9900 before, 0.9000 now (2 of 4 are smaller)",
+            "  speed: small: y: cosine_least 0.9000 before, 0.8000 now",
+        ]
+    }
+
+
+def test_rates_decide_where_the_work_has_changed() -> None:
+    before = [row("same work", 10, tflops=3.0), row("twice the work", 10, tflops=3.0), row("copy", 10, tb_per_s=0.02)]
+    after = [row("same work", 20, tflops=1.5), row("twice the work", 20, tflops=3.0), row("copy", 20, tb_per_s=0.04)]
+    changes = found(before, after)
+    assert changes["slower"] == [
+        "  speed: small: same work: 10 (9.5 to 10.5) ms before, 20 (19 to 21) now: 2 times; 3 TFLOP/s before, 1.5 now"
+    ]
+    assert changes["faster"] == [  # four times as much in twice the time
+        (
+            "  speed: small: copy: 10 (9.5 to 10.5) ms before, 20 (19 to 21) now: 0.5 times the same work, which "
+            "changed; 0.02 TB/s before, 0.04 now"
+        )
+    ]
+
+
+def sharp(time: float) -> dict[str, float]:
+    """Quantiles without a spread."""
+    return dict.fromkeys(("0.2", "0.5", "0.8"), time)
+
+
+def test_no_verdict_of_few_rounds_or_below_two_percent() -> None:
+    before = [row("one round", 10, rounds=1), row("two now", 10, rounds=5), row("three", 10, rounds=3)]
+    after = [row("one round", 99, rounds=5), row("two now", 99, rounds=2), row("three", 99, rounds=3)]
+    before += [row("a", ms=sharp(10)), row("b", ms=sharp(10))]
+    after += [row("a", ms=sharp(10.15)), row("b", ms=sharp(9.7))]
+    c = Comparison.of(before, after)
+    assert [line.split(": ")[2] for line in c.found["slower"]] == ["three"]
+    assert [line.split(": ")[2] for line in c.found["faster"]] == ["b"]
+    assert c.lines()[-2:] == [
+        "5 rows compared: 1 slower, 1 faster, 1 within the spread or 2 %",
+        "2 rows have too few rounds to tell",
+    ]
 
 
 def test_rows_that_are_wrong_new_or_gone() -> None:
@@ -96,6 +143,11 @@ def test_passes_are_pooled_to_the_widest_interval() -> None:
     (one, other) = merged([[row("a", 10), row("b", 1)], [row("a", 20), row("b", status="failed")]])
     assert one["ms"] == {"0.2": 9.5, "0.5": 15, "0.8": 21}
     assert other["status"] == "failed"
+    passes = [row("a", t, rounds=2, tflops=3 / t, smallest=s, cosines={"w": s}) for t, s in ((10, 0.8), (20, 0.9))]
+    (one,) = merged([[passes[0]], [passes[1]]])
+    assert one["rounds"] == 4
+    assert one["tflops"] * one["ms"]["0.5"] == pytest.approx(3)  # the same work
+    assert (one["smallest"], one["cosines"]["w"]) == pytest.approx((0.85, 0.85))
 
 
 # --- stored rows ------------------------------------------------------------------------------------------------------
@@ -171,6 +223,42 @@ def test_stored_rows_of_a_revision_against_the_newest(repository: Path) -> None:
     assert f"speed: large: not measured since {old}" in text
     assert "99" not in text.split("\n\n")[1]
     assert "1 rows compared: 0 slower, 1 faster" in text
+
+
+def test_a_failure_since_is_said_and_a_skipped_case_is_not(repository: Path) -> None:
+    old, new = (git(repository, "rev-parse", "--short", name) for name in ("old", "new"))
+    skipped = row("", revision=new, day=4, status="skipped", reason="no time")
+    keep(repository, row("ours", 10, old), row("ours", 8, new, day=3), skipped)
+    assert "1 rows compared: 0 slower, 1 faster" in compare(repository)
+    keep(repository, row("ours", 10, old), row("ours", 8, new, day=3), {**skipped, "status": "failed"})
+    assert "ours: ok before, failed now: no time" in compare(repository)
+
+
+def test_options_choose_stored_rows(repository: Path) -> None:
+    old, new = (git(repository, "rev-parse", "--short", name) for name in ("old", "new"))
+    both = []
+    for revision, faster in ((old, 1), (new, 2)):
+        for model, batch in (("vgg5", 8), ("vgg8/2", 32)):
+            about = {"case": f"{model}, batch {batch}", "model": model, "batch": batch, "day": faster}
+            both += [row("base", 8 / faster, revision, **about)]
+            both += [row(f"ours {p}", 4 / faster, revision, precision=p, backend=f"cuda{end}", **about)
+                     for p, end in (("fp16", "-wgmma"), ("fp32", ""))]  # fmt: skip
+        both.append(row("rate", 4 / faster, revision, case="rate", day=faster))
+    keep(repository, *both)
+    assert "7 rows compared" in compare(repository)
+    text = compare(repository, models=("vgg5",))
+    assert "3 rows compared" in text
+    assert "vgg8/2" not in text
+    assert "speed: left out, where rows do not say their model" in text
+    assert "3 rows compared" in compare(repository, batches=(32,))
+    text = compare(repository, precisions=("fp16",), models=("vgg8/2",))
+    assert "2 rows compared" in text  # and the baseline, which has no precision
+    assert "ours fp32" not in text
+    assert "6 rows compared" in compare(repository, backends=("cuda",))
+    with pytest.raises(RunError, match=r"--model vgg11: no stored rows are left; a model .* have: vgg5, vgg8/2"):
+        compare(repository, models=("vgg11",))
+    with pytest.raises(RunError, match=r"--backend triton: no stored rows are left; a backend .* have: cuda"):
+        compare(repository, backends=("triton",))
 
 
 def test_conditions_that_differ_are_said(repository: Path) -> None:

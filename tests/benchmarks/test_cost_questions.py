@@ -28,7 +28,7 @@ def asked(question, setting=QUICK):
         {"question": question.name, "case": case.key, "status": "ok", "rows": case.run()}
         for case in question.cases(setting)
     ]
-    return json.loads(json.dumps(flat(records, {})))
+    return json.loads(json.dumps(flat(records)))
 
 
 # --- memory_vs_steps --------------------------------------------------------------------------------------------------
@@ -123,6 +123,20 @@ def test_what_runs_out_of_memory_is_not_tried_again(monkeypatch):
     assert tried == [5, 15]
 
 
+def test_a_process_that_was_stopped_is_not_tried_with_more_sweeps(monkeypatch):
+    tried = []
+
+    def cpu_peak(_function, *arguments, timeout):
+        tried.append((arguments[-1], timeout))
+        raise Unavailable("stopped after 240 s")
+
+    monkeypatch.setattr(memory_vs_steps, "cpu_peak", cpu_peak)
+    rows = memory_vs_steps.peaks(QUICK, "3p-4", 2, OURS)
+    assert tried == [(memory_vs_steps.QUICK[0], memory_vs_steps.SECONDS)]
+    assert [row["status"] for row in rows] == ["unavailable"] * 2
+    assert all("T = 2: Unavailable: stopped after 240 s" in row["reason"] for row in rows)
+
+
 def test_memory_of_wrong_gradients_is_not_measured(monkeypatch):
     def fewer(self, p, steps):
         return Method(BPTT).work(p.double(), steps - 4)
@@ -209,13 +223,15 @@ def test_first_calls_in_fresh_processes(tmp_path):
 
 
 def test_caches_are_filled_before_they_are_measured(monkeypatch):
-    """Triton's two rows, with a made-up process: the priming one does not count, and the empty cache is asked twice."""
+    """Triton's two rows, with a made-up process: the empty cache is asked once, and fills it for the others."""
     filled, order = set(), []
 
     def fresh(_setting, _model, _batch, start, folder):
         order.append(start.name)
         slow = 8.0 if start.cache == cold_start.FILLED and folder not in filled else 1.0
-        filled.add(folder)
+        if start.cache and start.kind == "ours":
+            assert start.cache == cold_start.FILLED or folder not in filled
+            filled.add(folder)
         times = {"torch": 2.0, "ours": 0.5, "device": 0.1, "first": slow, "second": 0.25, "later": 0.125}
         return {**times, "error": 0.5 if start.kind == "backprop" else 0.0, "limit": 0.1}
 
@@ -224,7 +240,7 @@ def test_caches_are_filled_before_they_are_measured(monkeypatch):
     rows = asked(cold_start.QUESTION, setting)
     by_name = {row["name"]: row for row in rows}
     empty, full = (by_name[f"ours, triton, fp32, {cache}"] for cache in (cold_start.EMPTY, cold_start.FILLED))
-    assert (empty["rounds"], full["rounds"]) == (2, 4)
+    assert (empty["rounds"], full["rounds"]) == (1, 3)
     assert set(full["ms"].values()) == {1000.0}
     assert full["ratio"]["0.5"] == 0.5
     assert by_name[cold_start.OURS]["ratio"]["0.5"] == 0.25
@@ -233,6 +249,23 @@ def test_caches_are_filled_before_they_are_measured(monkeypatch):
     text = cold_start.lines(rows)
     assert f"| {full['name']} | 1000.0 (1000.0 to 1000.0) | 0.5 (0.5 to 0.5) | 250 | 125 |" in text
     assert any("backprop: wrong: relative error" in line for line in text)
+
+
+def test_an_empty_cache_that_fails_fills_none(monkeypatch):
+    def fresh(_setting, _model, _batch, start, _folder):
+        if start.cache == cold_start.EMPTY:
+            raise RuntimeError("no compiler")
+        assert start.cache != cold_start.FILLED
+        times = dict.fromkeys(("torch", "ours", "device", "first", "second", "later"), 1.0)
+        return {**times, "error": 0.0, "limit": 0.1}
+
+    monkeypatch.setattr(cold_start, "fresh", fresh)
+    rows = asked(cold_start.QUESTION, Setting(threads=1, quick=True, backends=("triton",), models=("net",)))
+    by_name = {row["name"]: row for row in rows}
+    for cache in (cold_start.EMPTY, cold_start.FILLED):
+        row = by_name[f"ours, triton, fp32, {cache}"]
+        assert (row["status"], "no compiler" in row["reason"]) == ("failed", True)
+    assert by_name["backprop"]["status"] == "ok"
 
 
 def test_a_process_that_fails_is_a_row_with_the_reason(monkeypatch):

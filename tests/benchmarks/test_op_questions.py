@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from benchmarks import layers
 from benchmarks.case import Row, Timed
 from benchmarks.layers import ALONE, EAGER, REFERENCE, Layer, makers
-from benchmarks.problem import connection_flops
-from benchmarks.questions import contrast, drive, relax_step
+from benchmarks.problem import connection_flops, problem_at
+from benchmarks.questions import contrast, drive, relax_step, sweep
 from benchmarks.setting import Setting
+from benchmarks.timing import Times
 from ep_kernels import backends
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,21 +116,24 @@ def test_what_a_gpu_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     """Every input set of what is captured goes into the graph, PyTorch computes in float16, and all of it compiles."""
     captured = []
 
-    def capture(works):
+    def capture(works, verify, limit):
         captured.append(works)
+        assert all(0 <= verify(work()) <= limit for work in works)
         return lambda: [work() for work in works], len(works)
 
     monkeypatch.setattr(layers, "captured", capture)
     asked = OnGPU(quick=True, threads=1, backends=("cpu",), precisions=("fp32",))
     rows = rows_of(name, asked)
     assert [row["status"] for row in rows] == ["ok"] * 8
+    assert [row["name"] for row in rows[1:4]] == [f"{name}, fp16" for name in (REFERENCE, EAGER, ALONE)]
+    assert rows[0]["ratio"]["to"] == rows[2]["name"]
     assert [row["rate"] for row in rows[:4]] == ["fp32", "fp16", "fp16", "fp16"]
     assert all(row["sets"] == 2 for row in rows)
     assert [len(works) for works in captured] == [2] * 8
     listed = MODULES[name].QUESTION.cases(replace(asked, quick=False, models=("3p-4",), batches=(2,)))
     assert [case.key.endswith("torch.compile") for case in listed] == [False, False, True, True]
     only = makers(MODULES[name].OP, Layer(replace(asked, wgmma=True, backends=("cuda",)), "3p-4", 2, 2))
-    assert list(only) == ["ours, cuda-wgmma, fp32", EAGER]
+    assert list(only) == ["ours, cuda-wgmma, fp32", f"{EAGER}, fp16"]
 
 
 @names
@@ -183,6 +187,7 @@ INTERPRETED = """
 import json, sys
 from benchmarks.questions import relax_step
 from benchmarks.setting import Setting
+from benchmarks.timing import Times
 setting = Setting(quick=True, threads=1, backends=("triton",), precisions=("fp16",))
 print(json.dumps(relax_step.QUESTION.cases(setting)[0].run()))
 """
@@ -213,3 +218,81 @@ def test_without_the_plugin_it_is_skipped() -> None:
     assert done.returncode == 0, done.stdout
     assert "pip install pytest-benchmark" in done.stdout
     assert "passed" not in done.stdout
+
+
+# --- sweep ------------------------------------------------------------------------------------------------------------
+
+
+def phases(long, short, **changes):
+    """One sweep from made-up milliseconds of both phases, eight sweeps apart."""
+    times = [Times(name, [1e-3 * t for t in values]) for name, values in (("ours", long), ("ours (short)", short))]
+    row = {"name": "ours", "status": "ok", "error": 0.0, "ms": "of the phase", "ratio": "of the phase"}
+    to = Times("alone", [1e-3, 2e-3])
+    return sweep.difference(row, {"status": "ok"}, times[0], changes.get("b", times[1]), 8, to)
+
+
+def test_a_sweep_is_the_difference_of_phases() -> None:
+    row = phases((10.0, 18.0), (2.0, 2.0))
+    assert row["ms"]["0.5"] == pytest.approx(1.5)
+    assert row["samples"] == pytest.approx([1.0, 2.0])
+    assert row["ratio"] == {"to": "alone", **dict.fromkeys(("0.2", "0.5", "0.8"), pytest.approx(1.0))}
+
+
+def test_a_sweep_that_noise_hides_has_no_figures() -> None:
+    row = phases((10.0, 1.0), (2.0, 2.0))
+    assert row["status"] == "failed"
+    assert row["reason"].startswith("too noisy: ")
+    assert not {"ms", "ratio", "tflops"} & set(row)
+
+
+def test_without_a_short_phase_there_is_no_sweep() -> None:
+    row = {"name": "ours", "status": "ok", "ms": "of the phase"}
+    short = {"status": "wrong", "reason": "relative error"}
+    found = sweep.difference(row, short, Times("ours", [1.0]), None, 8, None)
+    assert found == {"name": "ours", **short}
+
+
+def test_sweep_rows_table_and_targets() -> None:
+    (case,) = sweep.QUESTION.cases(QUICK)
+    rows = [{"case": case.key, **row} for row in case.run()]
+    names = ["ours, cpu, fp32", sweep.ALONE, "the same in eager PyTorch", sweep.AUTOGRAD]
+    assert [row["name"] for row in rows] == names
+    for row in rows:
+        assert row["status"] == "ok" or "too noisy" in row["reason"], row
+        assert ("tflops" in row) == (row["status"] == "ok" and row["name"] != sweep.AUTOGRAD)
+    rows += [{"case": "cut", "name": "", "status": "skipped", "reason": "no time"}]
+    text = sweep.lines(rows)
+    assert f"{case.key}:" in text
+    assert "cut:" not in text
+    assert "* cut: skipped: no time" in text
+
+
+def test_sweep_targets_are_those_of_the_project() -> None:
+    def row(name: str, batch: int, **values: object) -> Row:
+        return {"case": f"net, batch {batch}", "name": name, "status": "ok", "model": "net", "batch": batch, **values}
+
+    rows = [
+        row("ours, cpu, fp32", 8, backend="cpu", precision="fp32", ratio={"to": "alone", "0.5": 1.05}),
+        row("ours, triton, fp16", 8, backend="triton", precision="fp16", percent=70.0),
+        row("ours, triton, fp16", 4, backend="triton", precision="fp16", percent=10.0),
+        row("ours, triton, bf16", 8, backend="triton", precision="bf16", percent=10.0),
+        row(sweep.AUTOGRAD, 8),
+        {"case": "cut", "name": "", "status": "skipped", "reason": "no time"},
+    ]
+    found = [(t.of, t.value, t.verdict) for t in sweep.targets(rows)]
+    assert found == [
+        ("net, batch 8, ours, cpu, fp32", 1.05, "met"),
+        ("net, batch 8, ours, triton, fp16", 70.0, "met"),
+    ]
+    assert sweep.targets(rows[-1:]) == []
+
+
+def test_a_gpu_names_what_baselines_compute_in() -> None:
+    setting = OnGPU(quick=True, threads=1)
+    problem = problem_at(setting, "3p-4", 2)
+    named = [c.name for c in sweep.baselines(setting, problem, compiled=True)]
+    assert named[:3] == [
+        f"{sweep.ALONE}, fp16",
+        "the same in eager PyTorch, fp16, CUDA graph",
+        f"{sweep.AUTOGRAD}, fp32",
+    ]

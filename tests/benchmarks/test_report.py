@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pytest
 
 from benchmarks import registry
 from benchmarks.case import Row
-from benchmarks.markdown import ms, table
+from benchmarks.markdown import cases, good, ms, table
+from benchmarks.plots import OTHERS, OURS, bars, panels, picture
 from benchmarks.registry import Question, Target
 from benchmarks.report import BEGIN, END, write
 from benchmarks.runner import RunError
@@ -83,6 +86,26 @@ def test_the_newest_rows_of_each_device_win(place: Path) -> None:
     assert "2026-11-01, 2026-11-03" in first
 
 
+def test_a_later_failure_replaces_no_figures(place: Path) -> None:
+    failed = {"status": "failed", "reason": "TimeoutError: stopped", "environment": environment(day=5, revision="bbb")}
+    skipped = {**failed, "status": "skipped", "reason": "the question's time was over"}
+    keep(place, "a.json", row("ours", 2), row("theirs", 4), row("ours", 7, case="large"))
+    keep(place, "b.json", row("", 0, **skipped), row("ours", 8, case="large", environment=environment(day=5)))
+    keep(place, "c.json", row("ours", 0, case="never", **failed))
+    text = write(place / "results", None, None)
+    assert "| ours | 2.00 (1.80 to 2.20) |" in text
+    assert "| theirs | 4.00 (3.60 to 4.40) |" in text
+    assert "* small: measured 2026-11-01; 2026-11-05, revision bbb: skipped: the question's time was over" in text
+    assert "| ours | 7.00" not in text  # large has newer figures
+    assert "never: measured" not in text  # there the failure is all that there is: the question's own table has it
+    wrong = {**failed, "environment": environment(day=6)}
+    keep(place, "d.json", row("ours", 3, environment=environment(day=6)), row("theirs", 0, **wrong))
+    text = write(place / "results", None, None)
+    assert "| ours | 3.00" in text
+    assert "Without figures since" not in text
+    assert "4.00" not in text  # a run with some figures of a case is that case's newest
+
+
 def test_a_copy_of_a_file_repeats_nothing(place: Path) -> None:
     keep(place, "a.json", row("ours", 2), row("theirs", 3))
     keep(place, "b.json", row("ours", 2), row("theirs", 3))
@@ -109,18 +132,35 @@ def test_targets_say_what_rows_say(place: Path) -> None:
     assert "| time of theirs | 9 | <= 5 | MISSED | small |" in text
 
 
-def test_without_a_gpu_its_section_is_empty_and_says_so(place: Path) -> None:
+def asking(question: Question, *targets: Target) -> Question:
+    """The same, with what it asks of a GPU."""
+    found = copy.copy(question)
+    object.__setattr__(found, "asked", targets)
+    return found
+
+
+def test_without_a_gpu_its_section_says_what_is_asked(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    time = Target("time of ours", None, "<=", 5, "the largest")
+    size, rate = Target("size", None, ">=", 60, "all"), Target("rate", None, ">=", 2, "all")
+    known = {"size": asking(SIZE, size), "speed": asking(SPEED, time, rate)}
+    monkeypatch.setattr(registry, "questions", lambda: known)
     keep(place, "a.json", row("ours", 2))
-    gpu = report(place).split("## GPU")[1]
+    cpu, gpu = report(place).split("## GPU")
+    assert "not measured" not in cpu
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gpu.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) >= 5
-    assert all(cells[1] == "" and cells[3] == "not measured" for cells in rows)
+    assert rows == [
+        ["size", "", ">= 60", "not measured", "all"],
+        ["time of ours", "", "<= 5", "not measured", "the largest"],
+        ["rate", "", ">= 2", "not measured", "all"],
+    ]
     assert "Nothing has been measured on a GPU yet. `python -m benchmarks.gpu`" in gpu
     keep(place, "b.json", row("ours", 3, environment=environment(GPU)))
     cpu, gpu = report(place).split("## GPU")
     assert GPU not in cpu
     assert "Nothing has been measured" not in gpu
     assert "| time of ours | 3 | <= 5 | met | small |" in gpu
+    assert "the largest" not in gpu  # it was judged
+    assert "| rate |  | >= 2 | not measured | all |" in gpu
     assert "driver 600.1" in gpu
 
 
@@ -191,6 +231,39 @@ def test_two_devices_of_a_kind_have_pictures_of_their_own(place: Path) -> None:
     names = sorted(path.name for path in (place / "docs" / "img").iterdir())
     assert names == ["bench-cpu-speed-a-processor-2-cores.png", "bench-cpu-speed-other.png"]
     assert all(f"(img/{name})" in text for name in names)
+
+
+def test_pictures_of_an_earlier_report_are_deleted(place: Path) -> None:
+    keep(place, "a.json", row("ours", 2))
+    report(place)
+    folder = place / "docs" / "img"
+    (folder / "deep-gain.png").write_bytes(b"mine")
+    keep(place, "b.json", row("ours", 3, environment=environment("Other")))
+    write(place / "results", None, None)  # writes nothing, so it deletes nothing
+    assert (folder / "bench-cpu-speed.png").exists()
+    report(place)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["bench-cpu-speed-a-processor-2-cores.png", "bench-cpu-speed-other.png", "deep-gain.png"]
+
+
+def test_bars_and_panels(tmp_path: Path) -> None:
+    figures = []
+
+    def drawing(rows: Sequence[Row], figure: Any) -> None:
+        figures.append(figure)
+        names = cases(good(rows))
+        for axes, case in zip(panels(figure, names), names, strict=False):
+            bars(axes, [row for row in good(rows) if row["case"] == case], lambda row: row["ms"]["0.5"])
+
+    rows = [row("theirs", 3), row("ours, fp32", 2), row("", 0, case="large", status="failed")]
+    picture(drawing, rows, tmp_path / "two.png")
+    (axes,) = figures[0].axes
+    assert axes.get_title() == "small"
+    assert [patch.get_width() for patch in axes.patches] == [3, 2]
+    assert [mpl.colors.to_hex(patch.get_facecolor()) for patch in axes.patches] == [OTHERS, OURS]
+    picture(drawing, rows[2:], tmp_path / "none.png")  # nothing has figures
+    assert [text.get_text() for text in figures[1].axes[0].texts] == ["no figures"]
+    assert (tmp_path / "none.png").stat().st_size > 1000
 
 
 def test_quick_figures_are_marked(place: Path) -> None:

@@ -28,7 +28,7 @@ from benchmarks.scaling.model import (
     predictions,
     ring,
 )
-from benchmarks.scaling.report import Links, predicted_rows
+from benchmarks.scaling.report import Links, lines, predicted_rows
 from ep_kernels import Parameters, RelaxConfig, ep_gradients
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
@@ -136,7 +136,26 @@ def test_one_gpu_predicts_nodes_of_eight_by_the_constants_or_what_is_given() -> 
     assert last["exchange_ms"] == pytest.approx(1e3 * (1e-4 + inside + between))
     assert last["predicted_ms"] == pytest.approx(1e3 * (1e-3 + 256e-4 + 2e-4 + 1e-4 + inside + between))
     assert last["inside"] == str(NVLINK)
-    assert "5 us (latency as given, else NDR InfiniBand" in last["between"]
+    assert "5 us (latency as given, else 70 % of NDR InfiniBand" in last["between"]
+    # the data sheets' peaks are the optimistic bound
+    peaks = ring(8, 1e7, Link(450 * GB, NVLINK.latency, "")), ring(64, 1e7 / 8, Link(50 * GB, 5e-6, ""))
+    assert last["peak_predicted_ms"] == pytest.approx(1e3 * (1e-3 + 256e-4 + 2e-4 + 1e-4 + sum(peaks)))
+    assert last["efficiency"] < last["peak_efficiency"] < 1
+    assert any("count with 70 %, which is an assumption" in note for note in notes)
+    # batches of 2 to 12 were timed: 256 images are beyond them, and 4096 / 512 are not
+    assert last["outside"]
+    strong = {row["processes"]: row for row in rows if row["scaling"] == "strong"}
+    assert [n for n, row in strong.items() if not row["outside"]] == [512]
+    assert any("extrapolated below b = 2 and above b = 12" in note for note in notes)
+    assert any("strong efficiencies are over 1 with 4096 images each, which is extrapolated" in note for note in notes)
+    text = lines([*rows, {"case": "", "name": "assumptions", "status": "ok", "assumptions": notes}])
+    (line,) = (line for line in text if line.startswith("| 64 x 8 | 256 (outside) |"))
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[5] == f"{last['efficiency']:.2g}"
+    assert cells[6:8] == [f"{last['peak_predicted_ms']:.4g}", f"{last['peak_efficiency']:.2g}"]
+    assert any(line.startswith("| 64 x 8 | 8 |") for line in text)
+    given = Links(100 * GB, None, 10 * GB, None)
+    assert all("peak_predicted_ms" not in row for row in predicted_rows(job, [run], given, 4096)[0])
     assert any("measured on GPUs: 1; everything beyond is a prediction" in note for note in notes)
     # two GPUs that were measured: their link takes the place of the constant
     names = ("alone", "together")

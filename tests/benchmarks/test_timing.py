@@ -16,7 +16,7 @@ SETTING = Setting(threads=1, rounds=3)
 def test_interleave_runs_in_turn():
     order = []
     times = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=1)
-    assert order == ["a", "b"] * 4
+    assert order == ["a", "b", "a", "b", "b", "a", "a", "b"]  # each round begins with another one
     assert [len(t.seconds) for t in times.values()] == [3, 3]
 
 
@@ -25,6 +25,7 @@ def test_a_slow_one_takes_part_in_the_first_rounds():
     works = {"a": lambda: order.append("a"), "slow": lambda: order.append("slow")}
     times = interleave(works, rounds=3, warmup=2, most={"slow": 1})
     assert order == ["a", "a", "a", "slow", "a", "a"]
+    assert times["a"].row()["samples"] == [1e3 * s for s in times["a"].seconds]
     assert len(times["slow"].seconds) == 1
     assert len(ratio(times["a"], times["slow"]).seconds) == 1
 
@@ -80,6 +81,27 @@ def test_competitors_become_rows():
     assert list(rows["good"]["ms"]) == ["0.2", "0.5", "0.8"]
     assert "ratio" not in rows["base"]
     assert rows["good"]["rounds"] == 3
+
+
+def test_one_that_breaks_while_it_is_timed_loses_no_other():
+    calls = []
+
+    def breaks():
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("no room")
+
+    competitors = [
+        Competitor("a", lambda: Timed(int, lambda: 0.0, 0.0)),
+        Competitor("breaks", lambda: Timed(breaks, lambda: 0.0, 0.0)),
+    ]
+    rows = {row["name"]: row for row in compete(SETTING, competitors, against="a")}
+    assert rows["a"]["rounds"] == 3
+    assert rows["breaks"]["status"] == "failed"
+    assert rows["breaks"]["reason"] == "MemoryError: no room"
+    assert len(calls) == 3
+    with pytest.raises(MemoryError):
+        interleave({"b": lambda: (_ for _ in ()).throw(MemoryError())}, rounds=1)
 
 
 def test_columns_that_verifying_finds():
