@@ -70,7 +70,7 @@ def parts(key: str) -> tuple[str, int]:
 
 def rounds_of(name: str) -> int | None:
     """Rounds that slow ones take part in."""
-    return 1 if name == loop_name() else 2 if f"T = {LONG}" in name else None
+    return 1 if name == loop_name() or f"T = {LONG}" in name else None
 
 
 def groups(setting: Setting, model: str, batch: int) -> dict[str, list[str]]:
@@ -116,9 +116,9 @@ def peak(setting: Setting, model: str, batch: int, name: str, make: Make) -> int
     """Bytes beyond parameters and inputs; None where a number would mislead.
 
     A CUDA graph has its memory before it is called. The published loop has that of the same loop with our settings,
-    which keeps one step's graph as well.
+    which keeps one step's graph as well. Of long BPTT, ``memory_vs_steps`` asks.
     """
-    if name == loop_name() or "CUDA graph" in name:
+    if name == loop_name() or f"T = {LONG}" in name or "CUDA graph" in name:
         return None
     if not setting.cuda:
         return cpu_peak("benchmarks.questions.train_batch:alone", setting.json(), model, batch, name)
