@@ -76,7 +76,7 @@ def precisions(
 
 
 def on_cpu() -> tuple[str, ...]:
-    """Operands that this CPU has units for: without them a product in bfloat16 takes hundreds of times as long."""
+    """Operands that this CPU has units for: without them a product in bfloat16 takes a hundred times as long."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
