@@ -165,9 +165,10 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
-    """``|out - expected| / |expected|``, in float64."""
+    """``|out - expected| / |expected|``, in float64; 0 where both are zero."""
     reference = expected.detach().double()
-    return float((out.detach().double() - reference).norm() / reference.norm())
+    difference = float((out.detach().double() - reference).norm())
+    return difference / max(float(reference.norm()), 1e-300) if difference else 0.0
 
 
 def largest_error(out: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:

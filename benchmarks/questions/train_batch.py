@@ -334,17 +334,18 @@ def autograd_loop(given: Callable[[], Problem], which: str, free_steps: int = 2,
     if any(conn.kernel_size != (3, 3) for conn in p.network.connections):
         raise Unavailable("the loop is written for chains of 3x3 convolutions")
     options: dict[str, Any] = {}
-    network, config = replace(p.network, feedback_gain=1.0), RelaxConfig.classical(free_steps=3)
+    steps = len(p.network.shapes)  # all at once, the input has reached the top after one for each layer
+    network, config = replace(p.network, feedback_gain=1.0), RelaxConfig.classical(free_steps=steps)
     if which != "published":
         options = {"gain": p.network.feedback_gain, "in_turn": True, "local": which == "local"}
-        network, config = p.network, RelaxConfig(free_steps=3, over_relaxation=1.0)
+        network, config = p.network, RelaxConfig(free_steps=steps, over_relaxation=1.0)
     loop = AutogradLoop(p.network, p.parameters, **options)
     x, beta = p.x.contiguous(), 0.2
 
     def verify() -> float:
         exact = p.double()
         expected = free_phase(network, exact.parameters, exact.x, config, backend="reference").states
-        return largest_error(loop.relax(x, 3), expected[1:])
+        return largest_error(loop.relax(x, steps), expected[1:])
 
     values = {"setting": f"T {free_steps} + K {nudged_steps}"}
     return Timed(lambda: loop.batch(x, p.labels, free_steps, nudged_steps, beta), verify, 3e-2, values=values)
