@@ -29,13 +29,13 @@ def cpu_name() -> str:
 
 
 def revision() -> str:
-    """Commit of the working tree, with ``+`` when it holds other changes; empty outside a checkout."""
+    """Commit of the working tree, with ``+`` when it holds other changes (but of results); empty outside a checkout."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", ".", ":!benchmarks/results") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 
