@@ -189,7 +189,7 @@ def nothing(kind: str, known: dict[str, Question]) -> list[str]:
 def unmeasured(kind: str, known: dict[str, Question], judged: Sequence[Target]) -> list[Target]:
     """What the questions ask of a GPU and no rows have judged, told apart by what is measured."""
     found = {target.measure for target in judged}
-    asked = [target for question in known.values() for target in getattr(question, "asked", ())]
+    asked = [target for question in known.values() for target in question.asked]
     return [target for target in asked if kind == "gpu" and target.measure not in found]
 
 
