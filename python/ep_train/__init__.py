@@ -9,8 +9,9 @@ from ep_kernels.architectures import ARCHITECTURES
 
 from .config import TrainConfig
 from .models import Model, build_network
+from .runs import resume, train
 from .step import bptt_step, ep_step, predict
-from .trainer import Trainer, resume, train
+from .trainer import Trainer
 
 __all__ = [
     "ARCHITECTURES",

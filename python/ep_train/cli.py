@@ -15,12 +15,14 @@ from ep_kernels import BackendError
 from .check import CheckConfig, run_check
 from .checkpoint import CheckpointError
 from .config import TrainConfig
+from .config_file import config_from_json
 from .data import DataError
 from .device import check_name
+from .divergence import Diverged
 from .presets import PRESETS, preset
 from .recipes import RECIPES, write_recipe
 from .run_folder import RunFolderError
-from .trainer import Diverged, config_from_json, resume, train
+from .runs import resume, train
 
 COMMANDS = ("train", "teacher", "check", "resume", "recipe")
 DESCRIPTION = """Train a convolutional network by Equilibrium Propagation.

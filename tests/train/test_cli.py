@@ -16,8 +16,8 @@ from ep_train import TrainConfig, cli
 from ep_train.check import CheckConfig
 from ep_train.cli import ResumeConfig
 from ep_train.config import Estimator
+from ep_train.config_file import config_from_json
 from ep_train.run_folder import read_metrics
-from ep_train.trainer import config_from_json
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
 TINY = ["--model", "4p", "--train-limit", "40", "--test-limit", "10", "--batch-size", "10", "--epochs", "1"]

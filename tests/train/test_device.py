@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ep_kernels import BackendError, Network, RelaxConfig, targets_for
-from ep_train import TrainConfig, Trainer, device, learners, resume, step, train, trainer
+from ep_train import TrainConfig, Trainer, device, divergence, epoch, learners, resume, step, train
 from ep_train.check import CheckConfig, check_network, run_check
 from ep_train.cli import ResumeConfig
 from ep_train.data import Batches
@@ -166,7 +166,7 @@ def test_late_readings_change_no_number(method: Any, tmp_path: Path, monkeypatch
     read_late(monkeypatch, seconds=0.01)
     _, late = train(replace(config, out=tmp_path / "late"))
     assert numbers(late) == numbers(path)
-    monkeypatch.setattr(trainer, "READ_EVERY", math.inf)
+    monkeypatch.setattr(epoch, "READ_EVERY", math.inf)
     _, once = train(replace(config, out=tmp_path / "once"))
     assert numbers(once) == numbers(path)
 
@@ -188,12 +188,12 @@ def read_late(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
             self.device = there
 
     monkeypatch.setattr(Trainer, "train_epoch", train_epoch)
-    monkeypatch.setattr(trainer, "READ_EVERY", seconds)
+    monkeypatch.setattr(epoch, "READ_EVERY", seconds)
 
 
 def test_late_readings_still_find_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def message(out: str) -> str:
-        with pytest.raises(trainer.Diverged) as caught:
+        with pytest.raises(divergence.Diverged) as caught:
             train(replace(TINY, lr=1e6, optimizer="sgd", out=tmp_path / out))
         assert not (tmp_path / out / "checkpoint.pt").exists()
         return str(caught.value)
@@ -486,7 +486,7 @@ class TestOnAGpu:
 
         with pytest.MonkeyPatch.context() as patch, Progress(1, quiet=True) as progress:
             patch.setattr(learners, "ep_step", strict)
-            patch.setattr(trainer, "READ_EVERY", math.inf)
+            patch.setattr(epoch, "READ_EVERY", math.inf)
             original_add_up = Trainer._add_up
 
             def add_up(self: Trainer, unread: Any) -> float | None:

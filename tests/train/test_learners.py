@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from ep_train import TrainConfig, Trainer, build_network, cli, resume, train
 from ep_train.data import Batches, load_dataset
 from ep_train.data.loader import cut_out
+from ep_train.divergence import Diverged
 from ep_train.feedforward import backprop_gradients, feedforward_states
 from ep_train.learners import Batch
 from ep_train.models import Model
 from ep_train.run_folder import read_metrics
-from ep_train.trainer import Diverged
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
 TINY = TrainConfig(

@@ -13,7 +13,7 @@ import torch
 
 import ep_train
 from ep_kernels import BackendError, backends
-from ep_train import TrainConfig, Trainer, learners, train, trainer
+from ep_train import TrainConfig, Trainer, divergence, epoch, learners, optim, train
 from ep_train.run_folder import RunFolder, read_metrics
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
@@ -195,7 +195,7 @@ def test_random_sign_draws_both_and_the_same_again(monkeypatch: pytest.MonkeyPat
     assert signs_of(config, monkeypatch) == first
     assert signs_of(config, monkeypatch, epoch=1) != first  # another epoch draws anew
     assert signs_of(replace(config, seed=1), monkeypatch) != first
-    partial = trainer.Partial(batches=15)
+    partial = epoch.Partial(batches=15)
     assert signs_of(config, monkeypatch, partial=partial) == first[15:]  # in the middle of an epoch, too
 
 
@@ -213,7 +213,7 @@ def small_learner(**changes: Any) -> learners.Learner:
 def test_optimizers(name: Any, kind: type) -> None:
     config = TrainConfig(optimizer=name, lr=0.2, layer_lr=(1.0, 0.5, 0.1), weight_decay=0.03)
     learner = small_learner()
-    optimizer = trainer.make_optimizer(learner, config)
+    optimizer = optim.make_optimizer(learner, config)
     assert type(optimizer) is kind
     rates = {id(g["params"][0]): g["lr"] for g in optimizer.param_groups}
     assert all(g["weight_decay"] == 0.03 for g in optimizer.param_groups)
@@ -227,11 +227,11 @@ def test_optimizers(name: Any, kind: type) -> None:
         "heads.0.weight": pytest.approx(0.02),
         "heads.0.bias": pytest.approx(0.02),
     }
-    plain = trainer.make_optimizer(learner, replace(config, layer_lr=()))
+    plain = optim.make_optimizer(learner, replace(config, layer_lr=()))
     assert {g["lr"] for g in plain.param_groups} == {0.2}
     if name == "sgd":
         assert {g["momentum"] for g in optimizer.param_groups} == {0.9}
-        other = trainer.make_optimizer(learner, TrainConfig(optimizer="sgd", nesterov=True, momentum=0.5))
+        other = optim.make_optimizer(learner, TrainConfig(optimizer="sgd", nesterov=True, momentum=0.5))
         assert {(g["nesterov"], g["momentum"]) for g in other.param_groups} == {(True, 0.5)}
 
 
@@ -239,7 +239,7 @@ def test_optimizers(name: Any, kind: type) -> None:
 def test_layer_lr_of_the_wrong_length(factors: tuple[float, ...]) -> None:
     message = rf"argument 'layer_lr': expected 3 factors \(bottom to top, .*\), got {len(factors)}"
     with pytest.raises(ValueError, match=message):
-        trainer.make_optimizer(small_learner(), TrainConfig(layer_lr=factors))
+        optim.make_optimizer(small_learner(), TrainConfig(layer_lr=factors))
 
 
 @pytest.mark.parametrize(
@@ -252,8 +252,8 @@ def test_layer_lr_of_the_wrong_length(factors: tuple[float, ...]) -> None:
 )
 def test_learning_rate_schedules(schedule: Any, factor: Any) -> None:
     config = TrainConfig(lr=0.4, lr_schedule=schedule, layer_lr=(1.0, 1.0, 0.5))
-    optimizer = trainer.make_optimizer(small_learner(), config)
-    scheduler = trainer.make_scheduler(optimizer, config, 10)
+    optimizer = optim.make_optimizer(small_learner(), config)
+    scheduler = optim.make_scheduler(optimizer, config, 10)
     for t in range(11):
         rates = [g["lr"] for g in optimizer.param_groups]
         assert max(rates) == pytest.approx(0.4 * factor(t))
@@ -266,14 +266,14 @@ def test_an_mse_readout_has_no_rate_of_its_own() -> None:
     """Its output units are a layer: one factor for each layer, and none beside them."""
     learner = small_learner(readout="mse", local_heads="none")
     assert learner.layers == 3
-    rates = trainer.make_optimizer(learner, TrainConfig(lr=1.0, layer_lr=(0.1, 0.2, 0.3))).param_groups
+    rates = optim.make_optimizer(learner, TrainConfig(lr=1.0, layer_lr=(0.1, 0.2, 0.3))).param_groups
     assert sorted({group["lr"] for group in rates}) == pytest.approx([0.1, 0.2, 0.3])
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_learning_rate_ends_at_lr_min(schedule: Any) -> None:
-    optimizer = trainer.make_optimizer(small_learner(), TrainConfig(lr=0.4))
-    scheduler = trainer.make_scheduler(optimizer, TrainConfig(lr=0.4, lr_min=0.1, lr_schedule=schedule), 10)
+    optimizer = optim.make_optimizer(small_learner(), TrainConfig(lr=0.4))
+    scheduler = optim.make_scheduler(optimizer, TrainConfig(lr=0.4, lr_min=0.1, lr_schedule=schedule), 10)
     rates = []
     for _ in range(11):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -292,7 +292,7 @@ def test_the_learning_rate_falls_to_zero_over_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("lr", "optimizer"), [(1e6, "adam"), (1e6, "sgd"), (1e30, "sgd")])
 def test_a_run_that_diverges_ends(lr: float, optimizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(trainer.Diverged, match=r"the loss became .* in epoch 1 after \d+ images: lower --lr"):
+    with pytest.raises(divergence.Diverged, match=r"the loss became .* in epoch 1 after \d+ images: lower --lr"):
         run(tmp_path, lr=lr, optimizer=optimizer)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "diverged"

@@ -155,8 +155,8 @@ def _run_folder(
     dataset: str | None,
 ) -> Teacher:
     from .. import checkpoint
+    from ..config_file import config_from_json
     from ..learners import network_of  # which loads teachers
-    from ..trainer import config_from_json
 
     if not path.is_dir():
         raise ValueError(f"{WHERE}: expected a run folder, or NAME:PATH for a state dict, got the file {path}")
