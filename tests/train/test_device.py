@@ -387,6 +387,7 @@ import torch
 torch.set_num_threads(1)
 from ep_train import TrainConfig, Trainer
 from ep_train.progress import Progress
+from ep_train.summary import headline
 from ep_kernels import backends
 
 losses = {}
@@ -398,7 +399,7 @@ for name in ("reference", "triton"):
         row = made.train_epoch(progress)
         if name == "triton":
             assert backends.choose("cpu") == "triton"
-            assert "backend triton" in made.headline()
+            assert "backend triton" in headline(made)
     losses[name] = [row["train_loss"], *(float(p.detach().double().square().sum()) for p in made.model.parameters())]
     assert row["step"] == 2
 torch.testing.assert_close(torch.tensor(losses["triton"]), torch.tensor(losses["reference"]), rtol=1e-4, atol=1e-6)
