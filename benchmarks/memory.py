@@ -1,18 +1,15 @@
-"""Peak memory of a call: torch's counters on a GPU; on a CPU that of a process of its own, from the kernel.
-
-``python -m benchmarks.memory MODULE:FUNCTION ARGUMENTS`` (JSON) is that process.
-"""
+"""Peak memory of a call: torch's counters on a GPU; on a CPU that of a process of its own, from the kernel."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import importlib
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -21,6 +18,7 @@ from benchmarks.case import Unavailable, short
 
 ROOT = Path(__file__).resolve().parents[1]
 Work = Callable[[], object]
+_CONTEXT = multiprocessing.get_context("forkserver")
 # Freed tensors go back to the system at once, and one thread's arena is not another's.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 
@@ -42,23 +40,71 @@ def gpu_peak(work: Work, *, fresh: Work | None = None) -> int:
 def cpu_peak(function: str, *arguments: object, timeout: float = 600) -> int:
     """Bytes that ``FUNCTION(*ARGUMENTS)()`` needs at its peak beyond those before it, in a process of its own.
 
+    The first call starts a server that has torch loaded and has run nothing; every process is forked from it.
+
     Args:
         function: ``module:name`` of what prepares the work and returns it; the preparation does not count.
-        arguments: as JSON can carry them.
+        arguments: what can be pickled.
 
     Raises:
         Unavailable: no /proc, or the process failed or took longer than ``timeout`` seconds.
     """
-    command = [sys.executable, "-m", "benchmarks.memory", function, json.dumps(arguments)]
-    paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, **ALLOCATOR, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_child, args=(sender, function, arguments), daemon=True)
+    with _server_environment(function.split(":")[0]):
+        process.start()
+    sender.close()
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise Unavailable(f"peak memory of {function}: stopped after {timeout:.0f} s") from error
-    if done.returncode != 0:
-        raise Unavailable(f"peak memory of {function}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
-    return int(json.loads(done.stdout.splitlines()[-1])["peak"])
+        if not receiver.poll(timeout):
+            raise Unavailable(f"peak memory of {function}: stopped after {timeout:.0f} s")
+        found = receiver.recv()
+    except EOFError:
+        process.join()
+        raise Unavailable(f"peak memory of {function}: its process ended with code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    if isinstance(found, str):
+        raise Unavailable(f"peak memory of {function}: {found}")
+    return int(found)
+
+
+@contextmanager
+def _server_environment(module: str) -> Iterator[None]:
+    """What the server is started in: the allocator's settings, and this checkout on the path."""
+    _CONTEXT.set_forkserver_preload(["torch", "ep_kernels", module])
+    paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+    changes = {**ALLOCATOR, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _child(sender: Connection, function: str, arguments: Sequence[object]) -> None:
+    """Sends the peak in bytes, or as text why there is none."""
+    try:
+        sender.send(_peak(function, arguments))
+    except Exception as error:
+        sender.send(short(error))
+
+
+def _peak(function: str, arguments: Sequence[object]) -> int:
+    module, name = function.split(":")
+    work = getattr(importlib.import_module(module), name)(*arguments)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    work()
+    return max(0, _status("VmHWM") - before)
 
 
 def _status(field: str) -> int:
@@ -66,22 +112,3 @@ def _status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise Unavailable(f"/proc/self/status has no {field}")
-
-
-def main(function: str, arguments: str) -> None:
-    """The child: prints the peak as JSON."""
-    module, name = function.split(":")
-    work = getattr(importlib.import_module(module), name)(*json.loads(arguments))
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-    work()
-    print(json.dumps({"peak": max(0, _status("VmHWM") - before)}))
-
-
-if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except (OSError, Unavailable, AttributeError) as error:
-        sys.exit(short(error))

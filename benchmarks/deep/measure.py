@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from ep_train.run_folder import read_metrics, to_json
 from ep_train.trainer import Trainer, new_folder
 
 PROBE = {"classical": 16, "cifar": 8}  # training images for the look at the gradient; else 50, a batch
-CONVERGE = 60  # sweeps to the equilibrium of the true gradient, and again as many through which BPTT goes
+# Sweeps to the equilibrium of the true gradient, and again as many through which BPTT goes; else 60. k 0.02 needs few.
+CONVERGE = {"cifar": 20}
 RESULT = "result.json"
 
 
@@ -32,8 +34,8 @@ def run(chosen: Run, folder: Path) -> None:
         raise ValueError(f"run: no options of ep-train: {', '.join(sorted(unknown))}")
     config = TrainConfig(**chosen.values, out=folder / "run", overwrite=True, quiet=True)
     trainer = Trainer(config)
-    count = PROBE.get(chosen.table, 50)
-    before = probe(trainer, count)
+    look = partial(probe, trainer, PROBE.get(chosen.table, 50), CONVERGE.get(chosen.table, 60))
+    before = look()
     made = new_folder(config)
     summary = trainer.run(made)
     if summary["status"] != "finished":  # a signal ended it
@@ -46,7 +48,7 @@ def run(chosen: Run, folder: Path) -> None:
         "values": without_places(chosen.values),
         "summary": summary,
         "epochs": read_metrics(made.path),
-        "gradient": {"before": before, "after": probe(trainer, count), "images": count},
+        "gradient": {"before": before, "after": look(), "images": PROBE.get(chosen.table, 50)},
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
         "revision": revision(),
     }
@@ -64,10 +66,11 @@ def without_places(values: Values) -> dict[str, Any]:
     return {**values, **places}
 
 
-def probe(trainer: Trainer, count: int) -> dict[str, Any]:
+def probe(trainer: Trainer, count: int, steps: int) -> dict[str, Any]:
     """Norm of the gradient of every connection on ``count`` images, and its cosine to the true one of the same loss.
 
-    The true gradient is BPTT to convergence from the free phase's own end (of backprop, that of backprop itself).
+    The true gradient is BPTT through ``steps`` sweeps, after as many more from the free phase's own end (of backprop,
+    that of backprop itself).
     """
     learner, config = trainer.learner, trainer.config
     assert isinstance(learner, NetworkLearner)
@@ -85,7 +88,7 @@ def probe(trainer: Trainer, count: int) -> dict[str, Any]:
     exact = Parameters.from_named(network, {name: t.double() for name, t in parameters.named().items()})
     states = [t.double() for t in equilibrium.states]
     true, settled = true_gradients(
-        network, exact, states, [t.double() for t in targets], steps=CONVERGE, schedule=schedule_of(relax)
+        network, exact, states, [t.double() for t in targets], steps=steps, schedule=schedule_of(relax)
     )
     cosines = {row.name: row.cosine for row in compare(found, true) if row.name.startswith("connections")}
     return {

@@ -158,7 +158,7 @@ def _gain_cells(teacher: str) -> Iterator[tuple[str, str, Values]]:
 
 def _cifar_cells(teacher: str) -> Iterator[tuple[str, str, Values]]:
     base = {
-        "train_limit": 10_000,
+        "train_limit": 5_000,
         "batch_size": 50,
         "model": "vgg8",
         "width": 0.25,
@@ -181,7 +181,7 @@ TABLES = {
         Table("depth", "accuracy and gradient against depth", _depth_cells, epochs=4),
         Table("classical", "classical EP against depth", _classical_cells, epochs=1),
         Table("gain", "the feedback gain", _gain_cells, epochs=3),
-        Table("cifar", "CIFAR-10 (JPEG q75), 10,000 training images", _cifar_cells, epochs=4),
+        Table("cifar", "CIFAR-10 (JPEG q75), 5,000 training images", _cifar_cells, epochs=4),
         Table("stability", "what settings do (8 layers, 5,000 training images)", _stability_cells, epochs=2),
     )
 }
