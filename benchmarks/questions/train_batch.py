@@ -44,6 +44,7 @@ from ep_train.check import compare, smallest_cosine, true_gradients
 
 FEW, DEFAULT = BATCHES  # names of the settings of ours
 PUBLISHED = (250, 30)  # T and K of the autograd loop
+ON_CPU = ("laborieux/4", "vgg8/4")
 LONG = 60  # sweeps that BPTT goes through
 BACKPROP = "backprop"
 Make = Callable[[], Timed]
@@ -51,7 +52,7 @@ Make = Callable[[], Timed]
 
 def cases(setting: Setting) -> list[Case]:
     """A case a network, batch and group of competitors, the most wanted first: what is cut by time loses one group."""
-    models = setting.choose(setting.models, ("laborieux/4", "vgg8/4"), ("vgg11",), ("3p-4",))
+    models = setting.choose(setting.models, ON_CPU, ("vgg11",), ("3p-4",))
     batches = setting.choose(setting.batches, (32,), (256, 128), (2,))
     pairs = [(m, b) for b in batches for m in models]
     return [
@@ -161,14 +162,16 @@ def makers(setting: Setting, model: str, batch: int) -> dict[str, Make]:
         if setting.cuda:
             key = f"the same in eager PyTorch, CUDA graph, {name}"
             found[key] = partial(plain_batch, setting, p, name, None, True)
+    slow = takes_slow(setting, model)
     found["BPTT through T = 4"] = partial(unrolled, p, 4, 4)
     found["BPTT through the last 3 of T = 4"] = partial(unrolled, p, 4, 3)
-    found[f"BPTT through T = {LONG}"] = partial(unrolled, p, LONG, LONG)
-    found[f"BPTT through T = {LONG}, checkpointed"] = partial(unrolled, p, LONG, 0)
+    if slow:
+        found[f"BPTT through T = {LONG}"] = partial(unrolled, p, LONG, LONG)
+        found[f"BPTT through T = {LONG}, checkpointed"] = partial(unrolled, p, LONG, 0)
     found[loop_name("ours")] = partial(autograd_loop, p, "ours")
     found[loop_name("local")] = partial(autograd_loop, p, "local")
     found[loop_name()] = partial(autograd_loop, p, "published", *((3, 2) if setting.quick else PUBLISHED))
-    for mode in () if setting.quick else tuple(COMPILED) if setting.cuda else ("default",):
+    for mode in () if setting.quick or not slow else tuple(COMPILED) if setting.cuda else ("default",):
         graph = ", CUDA graph" if setting.cuda else ""
         for name in BATCHES if setting.cuda else (FEW,):
             key = f"the same under torch.compile ({mode}{graph}), {name}"
@@ -177,6 +180,11 @@ def makers(setting: Setting, model: str, batch: int) -> dict[str, Make]:
         key = f"{backprop_name(setting)}, torch.compile (max-autotune, CUDA graph)"
         found[key] = partial(backprop, setting, p, backprop_name(setting), "compiled")
     return found
+
+
+def takes_slow(setting: Setting, model: str) -> bool:
+    """Whether what takes a minute on a CPU (its compiler, BPTT through many sweeps) is asked of this network, too."""
+    return setting.cuda or bool(setting.models) or model == ON_CPU[0]
 
 
 def backprop_name(setting: Setting) -> str:
