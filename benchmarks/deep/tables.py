@@ -161,14 +161,14 @@ def _cifar_cells(teacher: str) -> Iterator[tuple[str, str, Values]]:
         "train_limit": 5_000,
         "batch_size": 50,
         "model": "vgg8",
-        "width": 0.25,
+        "width": 0.125,
         "lr": 1e-3,
         "lr_schedule": "cosine",
         "threads": 1,
     }
     ours = {"feedback_gain": 0.02, "free_steps": 2, "nudged_steps": 1, "estimator": "tangent"}
     local = {"local_heads": "3,5", "local_weight": (0.05,)}
-    column = "vgg8 / 4"
+    column = "vgg8 / 8"
     yield "(b) EP, k 0.02, 2 + 1 tangent", column, {**base, **ours}
     yield "(c) + local errors", column, {**base, **ours, **local}
     yield "(d) + distillation", column, {**base, **ours, **distilled(teacher)}
