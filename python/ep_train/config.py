@@ -43,6 +43,11 @@ class TrainConfig:
     """Use only this many training images, balanced over classes."""
     test_limit: int | None = None
     """Use only this many test images, balanced over classes."""
+    data_cache: Literal["memory", "mmap"] = "memory"
+    """Where the images of a folder:PATH are: read into memory, or in a memory-mapped file of decoded images."""
+    normalise: Literal["unit", "standard"] | None = None
+    """unit: pixels in 0..1; standard: less the training images' mean, divided by their standard deviation, per channel.
+    Default: unit for the digits, else standard."""
     crop_padding: int = 0
     """Random crops after padding by this many pixels (0: none)."""
     flip: bool = False

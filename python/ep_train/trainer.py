@@ -58,7 +58,11 @@ class Trainer:
                 train_limit=config.train_limit,
                 test_limit=config.test_limit,
                 seed=config.seed,
+                data_cache=config.data_cache,
+                normalise=config.normalise,
             )
+        elif config.normalise is not None:
+            dataset = dataclasses.replace(dataset, normalise=config.normalise)
         self.dataset = dataset
         self.learner = make_learner(config, dataset, self.device)
         self.model = self.learner.model

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ep_train.data import DataError, Dataset, folder, load_dataset
+from ep_train.data import DataError, Dataset, decode, folder, load_dataset
 
 ARCHIVE = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10-jpeg.tar.xz"
 CLASSES = ("ant", "bee", "cow")
@@ -172,7 +172,7 @@ def test_corrupt_cache_is_rebuilt(root: Path, damage: str, caplog: pytest.LogCap
     path = cache_file(root)
     data = bytearray(path.read_bytes())
     if damage == "flipped":
-        at = data.index(first.train_images.numpy().tobytes()[:64]) + 10
+        at = data.index(first.train_images.permute(0, 2, 3, 1).numpy().tobytes()[:64]) + 10
         data[at] ^= 0x10
     elif damage == "truncated":
         del data[len(data) // 2 :]
@@ -212,18 +212,24 @@ def test_interrupted_write_leaves_the_old_cache(root: Path, monkeypatch: pytest.
     assert cache_file(root).read_bytes() == before
 
 
+def decoded(paths: list[Path], workers: int) -> np.ndarray:
+    memory = decode.Memory()
+    decode.decode(paths, memory, workers=workers)
+    return memory.images
+
+
 def test_result_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     paths = []
     for number in range(600):
         path = tmp_path / f"{number:04}.png"
         write_image(path, pixels(number))
         paths.append(path)
-    assert np.array_equal(folder.decode(paths, workers=1), folder.decode(paths, workers=5))
+    assert np.array_equal(decoded(paths, 1), decoded(paths, 5))
     paths[300].write_bytes(b"x")
     paths[590].write_bytes(b"x")
     for workers in (1, 5):
         with pytest.raises(DataError, match=r"0300\.png: cannot decode"):
-            folder.decode(paths, workers=workers)
+            decoded(paths, workers)
 
 
 def test_unreadable_image_is_named(root: Path) -> None:
@@ -236,6 +242,38 @@ def test_unreadable_image_is_named(root: Path) -> None:
 def test_images_of_another_size(root: Path) -> None:
     write_image(root / "train" / "cow" / "002.png", pixels(0, height=7))
     with pytest.raises(DataError, match=r"cow/002\.png: 5x7 pixels, but the first image has 5x6.*resize"):
+        load(root)
+
+
+@pytest.mark.parametrize("at", [0, 1, 70])
+def test_one_colour_file_makes_all_of_them_rgb(tmp_path: Path, at: int) -> None:
+    """Wherever it is: the first file, in the first block, in a later one."""
+    paths = []
+    for number in range(75):
+        paths.append(tmp_path / f"{number:02}.png")
+        write_image(paths[-1], pixels(number, 3 if number == at else 1))
+    images = decoded(paths, 2)
+    assert images.shape == (75, 6, 5, 3)
+    for number in range(75):
+        expected = pixels(number) if number == at else np.repeat(pixels(number, 1)[:, :, None], 3, axis=2)
+        assert np.array_equal(images[number], expected)
+
+
+def test_more_than_fits_into_memory_says_what_to_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("ep_train.data.decode.Memory.images", property(too_much, too_much), raising=False)
+    with pytest.raises(DataError, match=r"15 images of 3x6x5 do not fit into memory; with --data-cache mmap"):
+        load(root)
+
+
+def test_unreadable_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("ep_train.data.folder.os.scandir", refuse)
+    with pytest.raises(DataError, match=r"animals: cannot be read .*Permission denied"):
         load(root)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from ep_train.data import Batches, DataError, Dataset, default_normalise
+from ep_train.data import Batches, DataError, Dataset, default_normalise, loader, prefetch
+from ep_train.data.augment import augment, cut_out
 from ep_train.data.dataset import RawData, finish
-from ep_train.data.loader import augment
 
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 
@@ -225,12 +229,139 @@ def test_images_are_not_changed() -> None:
     assert sorted(set(indices(batches, 1))) == sorted(indices(batches, 1))
 
 
+def test_cut_out_equals_one_image_at_a_time() -> None:
+    images = dataset(count=40).train_images
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.stack([torch.randint(0, n, (40,), generator=generator) for n in (6, 5)], dim=1)
+    for side in (1, 2, 3, 9):
+        cut = cut_out(images.permute(0, 2, 3, 1).contiguous(), side, centres).permute(0, 3, 1, 2)
+        for index, image in enumerate(images):
+            expected = image.clone()
+            row, column = (int(centre) - side // 2 for centre in centres[index])
+            expected[:, max(row, 0) : row + side, max(column, 0) : column + side] = 0
+            assert torch.equal(cut[index], expected)
+
+
+AUGMENTED = {"crop_padding": 2, "flip": True, "cutout": 2}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_shards_of_every_batch_are_the_batch(ranks: int, drop_last: bool) -> None:
+    """Of 5 ranks, some have nothing of the last batch, which has 3 images."""
+    options = {"batch_size": 10, "drop_last": drop_last, "seed": 4, **AUGMENTED}
+    whole = Batches(dataset(), **options)  # type: ignore[arg-type]
+    shards = [Batches(dataset(), shard=(rank, ranks), **options) for rank in range(ranks)]  # type: ignore[arg-type]
+    assert {len(shard) for shard in shards} == {len(whole)}
+    assert {shard.images_per_epoch for shard in shards} == {whole.images_per_epoch}
+    parts = zip(*(shard.indexed(3, start=1) for shard in shards), strict=True)
+    for batch, part in zip(whole.indexed(3, start=1), parts, strict=True):
+        assert max(len(p[1]) for p in part) - min(len(p[1]) for p in part) <= 1
+        for one, pieces in zip(batch, zip(*part, strict=True), strict=True):
+            assert torch.equal(one, torch.cat(pieces))
+
+
+def test_normalise_of_the_dataset() -> None:
+    data = replace(dataset(name="digits"), normalise="standard")
+    assert default_normalise(data) == Batches(data, batch_size=4).normalise == "standard"
+    assert Batches(data, batch_size=4, normalise="unit").normalise == "unit"
+
+
+# --- one batch ahead --------------------------------------------------------------------------------------------------
+
+
+class FakeTensor:
+    """Says which stream uses it besides its own."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def record_stream(self, stream: FakeStream) -> None:
+        self.log.append(f"{self.name} used on {stream.name}")
+
+
+class FakeStream:
+    """Writes down what waits for what."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+def test_batches_from_the_host_are_one_ahead_on_a_side_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    main, side = FakeStream("main", log), FakeStream("side", log)
+    streams = [main]
+
+    @contextmanager
+    def on(stream: FakeStream) -> Iterator[None]:
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+
+    def make() -> Iterator[tuple[FakeTensor]]:
+        for number in range(3):
+            log.append(f"{number} made on {streams[-1].name}")
+            yield (FakeTensor(str(number), log),)
+
+    for (tensor,) in prefetch.ahead(make(), torch.device("cuda")):  # type: ignore[arg-type]
+        assert streams == [main]
+        log.append(f"{tensor.name} computed")
+    assert log == [
+        "side waits for main",
+        "0 made on side", "main waits for side", "0 used on main", "1 made on side", "0 computed",
+        "main waits for side", "1 used on main", "2 made on side", "1 computed",
+        "main waits for side", "2 used on main", "2 computed",
+    ]  # fmt: skip
+
+
+def test_only_batches_that_a_gpu_gets_from_the_host_are_made_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def ahead(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+        asked.append(device)
+        return batches
+
+    monkeypatch.setattr(loader, "ahead", ahead)
+    batches = Batches(dataset(), batch_size=4)
+    batches.epoch(0)
+    assert asked == []
+    batches.device = torch.device("cuda", 0)
+    batches.epoch(0)
+    assert asked == [torch.device("cuda", 0)]
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_batches_made_ahead_are_the_same_while_the_gpu_is_busy(device: str) -> None:
+    """The caller's stream lags behind, so memory that was used again too early would show."""
+    data = dataset(count=2000, height=32, width=32)
+    host = Batches(data, batch_size=100, **AUGMENTED)  # type: ignore[arg-type]
+    sent = Batches(data, batch_size=100, device=device, resident=False, **AUGMENTED)  # type: ignore[arg-type]
+    found = []
+    busy = torch.rand(2048, 2048, device=device)
+    for images, labels in sent.epoch(1):
+        for _ in range(20):
+            busy = torch.tanh(busy @ busy)
+        found.append((images + 0 * busy[0, 0], labels + 0))
+        del images, labels
+    for (images, labels), (images_found, labels_found) in zip(host.epoch(1), found, strict=True):
+        torch.testing.assert_close(images_found.cpu(), images, rtol=1e-6, atol=1e-6)
+        assert torch.equal(labels_found.cpu(), labels)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         ({"seed": -1}, "seed must be 0 or more"),
         ({"crop_padding": -1}, "crop_padding must be 0 or more"),
+        ({"shard": (2, 2)}, r"shard must be \(rank, ranks\) with 0 <= rank < ranks, got \(2, 2\)"),
         ({"normalise": "zscore"}, "normalise must be one of unit, standard; got 'zscore'"),
         ({"split": "val"}, "split must be one of train, test; got 'val'"),
         ({"batch_size": 24}, "batch_size 24 leaves no full batch of the 23 train images"),

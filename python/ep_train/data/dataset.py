@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Normalise = Literal["unit", "standard"]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std per channel, in units where white is 1
 _STATISTICS_CHUNK = 4096
 _TRAIN_STREAM, _TEST_STREAM = 1, 2
 
@@ -20,7 +22,8 @@ class DataError(ValueError):
 class RawData(NamedTuple):
     """What a reader returns: every image it found, before limits and statistics.
 
-    Images are uint8 [N, C, H, W], labels int64 [N]; `source` says what was read.
+    Images are uint8 [N, C, H, W], labels int64 [N]; `source` says what was read. `statistics` are the mean and std of
+    all training images, where they are known already.
     """
 
     name: str
@@ -30,11 +33,12 @@ class RawData(NamedTuple):
     test_labels: Tensor
     class_names: tuple[str, ...]
     source: str
+    statistics: Statistics | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A classification dataset in memory.
+    """A classification dataset, in memory or memory-mapped.
 
     Attributes:
         name: short name, as in the spec (`cifar10`, `folder:<basename>`).
@@ -44,10 +48,12 @@ class Dataset:
         mean, std: per channel, in units where white is 1, over the training images held here (so
             after `train_limit`); std is the population standard deviation and may be 0.
         source: what was read, for reports. It holds no absolute path.
+        normalise: how its batches are normalised unless they are asked for otherwise: `unit`, x / 255, or `standard`,
+            (x / 255 - mean) / std; None: `default_normalise`'s choice.
 
     Raises:
         DataError: a tensor has another dtype or shape, a split is empty, the numbers of images and
-            labels differ, a label is out of range, or the splits differ in image shape.
+            labels differ, a label is out of range, the splits differ in image shape, or an unknown `normalise`.
     """
 
     name: str
@@ -59,8 +65,11 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     source: str
+    normalise: Normalise | None = None
 
     def __post_init__(self) -> None:
+        if self.normalise is not None and self.normalise not in get_args(Normalise):
+            raise DataError(f"normalise must be one of {', '.join(get_args(Normalise))}; got {self.normalise!r}")
         _check_split(self.source, "train", self.train_images, self.train_labels, len(self.class_names))
         _check_split(self.source, "test", self.test_images, self.test_labels, len(self.class_names))
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
@@ -106,13 +115,21 @@ def _check_split(source: str, split: str, images: Tensor, labels: Tensor, classe
         raise DataError(f"{where}: labels must be in 0..{classes - 1}, found {low}..{high}")
 
 
-def finish(raw: RawData, *, train_limit: int | None = None, test_limit: int | None = None, seed: int = 0) -> Dataset:
+def finish(
+    raw: RawData,
+    *,
+    train_limit: int | None = None,
+    test_limit: int | None = None,
+    seed: int = 0,
+    normalise: Normalise | None = None,
+) -> Dataset:
     """Apply the limits to what a reader found, and compute the statistics.
 
     Args:
         raw: the reader's result.
         train_limit, test_limit: at most this many images, chosen by `balanced_subset`.
         seed: non-negative seed of that choice.
+        normalise: of the dataset's batches.
 
     Raises:
         DataError: a limit below 1, a negative seed, or data that `Dataset` refuses.
@@ -134,7 +151,8 @@ def finish(raw: RawData, *, train_limit: int | None = None, test_limit: int | No
         if len(chosen) < len(test_labels):
             notes.append(f"{len(chosen):,} of {len(test_labels):,} test images, seed {seed}")
         test_images, test_labels = test_images[chosen], test_labels[chosen]
-    mean, std = channel_statistics(train_images)
+    whole = len(train_images) == len(raw.train_images)
+    mean, std = raw.statistics if raw.statistics is not None and whole else channel_statistics(train_images)
     return Dataset(
         name=raw.name,
         train_images=train_images,
@@ -145,23 +163,34 @@ def finish(raw: RawData, *, train_limit: int | None = None, test_limit: int | No
         mean=mean,
         std=std,
         source="; ".join([raw.source, *notes]),
+        normalise=normalise,
     )
 
 
-def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(images: Tensor) -> Statistics:
     """Mean and population standard deviation per channel, in units where 255 is 1.
 
     Args:
         images: uint8 [N, C, H, W], N >= 1. Counts of the 256 values are exact, so the result does not
             depend on the number of threads.
     """
-    count, channels, height, width = images.shape
+    return statistics_of(histograms_of(images))
+
+
+def histograms_of(images: Tensor) -> Tensor:
+    """How often every value occurs per channel: uint8 [N, C, H, W] to int64 [C, 256]."""
+    count, channels, _, _ = images.shape
     histograms = torch.zeros(channels, 256, dtype=torch.int64)
     for start in range(0, count, _STATISTICS_CHUNK):
         chunk = images[start : start + _STATISTICS_CHUNK]
         for channel in range(channels):
             histograms[channel] += torch.bincount(chunk[:, channel].reshape(-1), minlength=256)
-    pixels = count * height * width
+    return histograms
+
+
+def statistics_of(histograms: Tensor) -> Statistics:
+    """Mean and population standard deviation per channel, from `histograms_of`."""
+    pixels = int(histograms[0].sum())
     means, stds = [], []
     for histogram in histograms.tolist():
         total = sum(value * times for value, times in enumerate(histogram))

@@ -1,6 +1,6 @@
 """A dataset in class folders: `train/<class>/*.jpg|jpeg|png` and `test/<class>/...` (or `val/`).
 
-The images are decoded once, in threads (Pillow releases the GIL while it decodes), and cached.
+The images are decoded once and kept in a cache file, which later runs read into memory or map.
 """
 
 from __future__ import annotations
@@ -10,26 +10,23 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from ep_train.data.cache import read_cache, write_cache
-from ep_train.data.dataset import DataError, RawData
+from ep_train.data.cache import SUFFIX, CacheWriter, alone, read_cache, write_cache
+from ep_train.data.dataset import DataError, RawData, Statistics
+from ep_train.data.decode import Memory, decode
 
 _log = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
-_GREY_MODES = frozenset({"1", "L", "LA"})
-_COLOUR_MODES = frozenset({"RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"})
-_CHUNK = 256
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
-_Pixels = npt.NDArray[np.uint8]
+DataCache = Literal["memory", "mmap"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class _Scan:
         return digest.hexdigest()
 
 
-def load_folder(folder: Path, cache_dir: Path) -> RawData:
+def load_folder(folder: Path, cache_dir: Path, data_cache: DataCache = "memory") -> RawData:
     """Read a dataset in class folders, from the cache when no file has changed.
 
     The held-out split is `test`; where there is none, `val`. Images are grey ([N, 1, H, W]) when every
@@ -67,46 +64,66 @@ def load_folder(folder: Path, cache_dir: Path) -> RawData:
     Args:
         folder: the folder that holds `train`.
         cache_dir: where the decoded images are kept, one file per folder.
+        data_cache: `memory` reads that file; `mmap` maps it, for images that memory has no room for.
 
     Raises:
-        DataError: a folder is missing or without images, the splits have different classes, a file
-            cannot be decoded (it is named), or images differ in size.
+        DataError: a folder is missing, unreadable or without images, the splits have different classes, a file
+            cannot be decoded (it is named), images differ in size, or memory or, for `mmap`, the disk is too small.
     """
-    scan = _scan(folder)
-    path = cache_dir / "decoded" / f"{scan.folder.name or 'root'}-{_digest(str(scan.folder))}.npz"
-    key = scan.key()
-    arrays = read_cache(path, key)
-    if arrays is None or not _fits(arrays, scan):
-        count = len(scan.train) + len(scan.test)
-        _log.info("decoding %s images of %s (once; kept in %s)", f"{count:,}", folder, path)
-        images = decode([scan.folder / image.relative for image in (*scan.train, *scan.test)])
-        arrays = {"train": images[: len(scan.train)], "test": images[len(scan.train) :]}
-        write_cache(path, key, arrays)
+    try:
+        scan = _scan(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error})") from error
+    images, statistics = _decoded(scan, cache_dir / "decoded", mapped=data_cache == "mmap")
+    images = images.permute(0, 3, 1, 2)
     png = {image.relative.lower().endswith(".png") for image in (*scan.train, *scan.test)}
     kinds = " and ".join(("PNG" if is_png else "JPEG") for is_png in sorted(png))
     name = f"folder:{scan.folder.name}"
     return RawData(
         name=name,
-        train_images=torch.from_numpy(arrays["train"]),
+        train_images=images[: len(scan.train)],
         train_labels=torch.tensor([image.label for image in scan.train], dtype=torch.int64),
-        test_images=torch.from_numpy(arrays["test"]),
+        test_images=images[len(scan.train) :],
         test_labels=torch.tensor([image.label for image in scan.test], dtype=torch.int64),
         class_names=scan.class_names,
         source=f"{name} ({kinds} images, train/ and {scan.test_split}/)",
+        statistics=statistics,
     )
+
+
+def _decoded(scan: _Scan, store: Path, *, mapped: bool) -> tuple[Tensor, Statistics | None]:
+    """Both splits' images, uint8 [N, H, W, C], the training images first; their mean and std, if known."""
+    path = store / f"{scan.folder.name or 'root'}-{_digest(str(scan.folder))}{SUFFIX}"
+    key = scan.key()
+    files = [scan.folder / image.relative for image in (*scan.train, *scan.test)]
+    found = read_cache(path, key, len(files), mapped=mapped)
+    if found is not None:
+        return found
+    with alone(store) as waited:
+        if waited and (found := read_cache(path, key, len(files), mapped=mapped)) is not None:
+            return found
+        _log.info("decoding %s images of %s (once; kept in %s)", f"{len(files):,}", scan.folder, path)
+        if not mapped:
+            memory = Memory()
+            decode(files, memory)
+            return torch.from_numpy(memory.images), write_cache(path, key, memory.images, len(scan.train))
+        try:
+            with CacheWriter(path, key, len(scan.train)) as writer:
+                decode(files, writer)
+                writer.finish()
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot keep the decoded images, which --data-cache mmap maps ({error}); make room there, or"
+                " set XDG_CACHE_HOME to a folder on another disk"
+            ) from error
+        found = read_cache(path, key, len(files), mapped=True)
+    if found is None:
+        raise DataError(f"{path}: the decoded images were written, but do not read back the same: check that disk")
+    return found
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-def _fits(arrays: dict[str, _Pixels], scan: _Scan) -> bool:
-    return (
-        set(arrays) == {"train", "test"}
-        and all(array.dtype == np.uint8 and array.ndim == 4 for array in arrays.values())
-        and len(arrays["train"]) == len(scan.train)
-        and len(arrays["test"]) == len(scan.test)
-    )
 
 
 def _scan(folder: Path) -> _Scan:
@@ -155,64 +172,3 @@ def _images(folder: Path, split: str, class_names: tuple[str, ...]) -> Iterator[
             raise DataError(f"{folder / split / name}: no {', '.join(EXTENSIONS)} images in this class folder")
         for file, stat in sorted(files, key=lambda pair: pair[0]):
             yield _Image(f"{split}/{name}/{file}", label, stat.st_size, stat.st_mtime_ns)
-
-
-def decode(paths: list[Path], *, workers: int | None = None) -> _Pixels:
-    """Decode image files of one size into uint8 [N, C, H, W]; C is 1 when every file is grey, else 3.
-
-    Args:
-        paths: the files, at least one.
-        workers: threads; default: the CPU cores this process may use.
-
-    Raises:
-        DataError: a file cannot be decoded, or has another size than the first one; of several such
-            files, the first is named.
-    """
-    size, _ = _open(paths[0], None)
-    width, height = size
-    pixels = np.empty((len(paths), height, width, 3), dtype=np.uint8)
-    grey = np.zeros(len(paths), dtype=bool)
-
-    def decode_chunk(start: int) -> None:
-        for index in range(start, min(start + _CHUNK, len(paths))):
-            _, array = _open(paths[index], size)
-            grey[index] = array.ndim == 2
-            pixels[index] = array[:, :, None] if array.ndim == 2 else array
-
-    with ThreadPoolExecutor(workers or _cores()) as pool:
-        chunks = [pool.submit(decode_chunk, start) for start in range(0, len(paths), _CHUNK)]
-        try:
-            for chunk in chunks:
-                chunk.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    channels = pixels[..., :1] if grey.all() else pixels
-    return np.ascontiguousarray(channels.transpose(0, 3, 1, 2))
-
-
-def _open(path: Path, size: tuple[int, int] | None) -> tuple[tuple[int, int], _Pixels]:
-    """The (width, height) of an image, and its pixels: uint8 [H, W] if grey, else [H, W, 3]."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=("JPEG", "PNG")) as image:
-            if size is not None and image.size != size:
-                raise DataError(
-                    f"{path}: {image.size[0]}x{image.size[1]} pixels, but the first image has {size[0]}x{size[1]};"
-                    " all images must have one size: resize them first"
-                )
-            if image.mode in _GREY_MODES:
-                return image.size, np.asarray(image if image.mode == "L" else image.convert("L"))
-            if image.mode in _COLOUR_MODES:
-                return image.size, np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-            raise DataError(f"{path}: pixels of kind {image.mode} are not 8 bits per channel; convert it first")
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many things on damaged files
-        raise DataError(f"{path}: cannot decode this image ({type(error).__name__}: {error})") from error
-
-
-def _cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

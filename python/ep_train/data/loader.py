@@ -8,18 +8,18 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ep_train.data.dataset import DataError, Dataset
+from ep_train.data.augment import augment, cut_out
+from ep_train.data.dataset import DataError, Dataset, Normalise
+from ep_train.data.prefetch import ahead
 
-Normalise = Literal["unit", "standard"]
 Split = Literal["train", "test"]
 RESIDENT = 0.25  # of a GPU's free memory: larger splits stay on the host
 
 
 def default_normalise(dataset: Dataset) -> Normalise:
-    """`unit` for the digits, `standard` for everything else."""
-    return "unit" if dataset.name == "digits" else "standard"
+    """What the dataset was loaded with; else `unit` for the digits, `standard` for everything else."""
+    return dataset.normalise or ("unit" if dataset.name == "digits" else "standard")
 
 
 class Batches:
@@ -30,8 +30,11 @@ class Batches:
 
     A batch is (images, labels): float32 [B, C, H, W] in channels_last memory, and int64 [B], on the device.
 
-    A split that stays on the host sends the bytes of each batch through pinned memory without waiting; as nothing here
-    waits for a GPU, they are gathered while it still computes the batch before.
+    A split that stays on the host sends the bytes of each batch through pinned memory without waiting, one batch ahead
+    and on a stream of its own: they travel while the GPU computes the batch before.
+
+    Several processes share out an epoch by `shard`: each gets its part of every batch, the same images with the same
+    augmentation as one process would have at those places.
 
     Attributes:
         device: where the batches are made.
@@ -55,8 +58,9 @@ class Batches:
         cutout: int = 0,
         device: torch.device | str = "cpu",
         resident: bool | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
-        """Copy the split to the device.
+        """Copy the split to the device; memory-mapped images that stay on the host are not copied.
 
         Args:
             dataset: where the images, and the mean and std of its training split, come from.
@@ -75,6 +79,8 @@ class Batches:
             device: where the batches are made.
             resident: keep the images there, not on the host; default: when they take at most a quarter of its free
                 memory.
+            shard: (rank, ranks): of every batch of `batch_size` images, only the rank-th of `ranks` successive parts,
+                which differ by at most one image (and may be empty where a batch has fewer images than ranks).
 
         Raises:
             DataError: an argument is out of range, or there is no full batch and `drop_last` is set.
@@ -91,6 +97,9 @@ class Batches:
         ):
             if value < least:
                 raise DataError(f"{name} must be {least} or more, got {value}")
+        rank, ranks = shard
+        if not 0 <= rank < ranks:
+            raise DataError(f"shard must be (rank, ranks) with 0 <= rank < ranks, got {shard}")
         training = split == "train"
         images = dataset.train_images if training else dataset.test_images
         labels = dataset.train_labels if training else dataset.test_labels
@@ -102,6 +111,7 @@ class Batches:
         self.crop_padding = crop_padding
         self.flip = flip
         self.cutout = cutout
+        self.shard = shard
         self.device = torch.device(device)
         if self.drop_last and len(images) < batch_size:
             raise DataError(
@@ -127,7 +137,7 @@ class Batches:
 
     @property
     def images_per_epoch(self) -> int:
-        """Images in one epoch, without what `drop_last` leaves out."""
+        """Images in one epoch of all shards, without what `drop_last` leaves out."""
         return len(self) * self.batch_size if self.drop_last else len(self.labels)
 
     def epoch(self, epoch: int = 0, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -148,10 +158,14 @@ class Batches:
             raise DataError(f"epoch must be 0 or more, got {epoch}")
         if not 0 <= start <= len(self):
             raise DataError(f"start must be in 0..{len(self)}, got {start}")
-        return self._epoch(epoch, start)
+        batches = self._epoch(epoch, start)
+        if self.device.type == "cuda" and self.images.device.type == "cpu":
+            return ahead(batches, self.device)
+        return batches
 
     def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         count = len(self.labels)
+        rank, ranks = self.shard
         # On the host, so that every device sees the same numbers; copied to where the images are once an epoch.
         order_numbers, shift_numbers, flip_numbers, cut_numbers = (
             np.random.default_rng((self.seed, epoch, stream)) for stream in range(4)
@@ -171,6 +185,8 @@ class Batches:
             cuts = torch.from_numpy(drawn).to(store)
         for batch in range(start, len(self)):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            if ranks > 1:
+                chosen = chosen[len(chosen) * rank // ranks : len(chosen) * (rank + 1) // ranks]
             pixels = self._sent(self.images.index_select(0, chosen))
             if shifts is not None or mirror is not None:
                 pixels = augment(
@@ -193,52 +209,6 @@ class Batches:
         """uint8 [B, H, W, C] to float32 [B, C, H, W], channels_last."""
         values = pixels.to(torch.float32).div_(255)
         if self.normalise == "standard":
-            values.view(*values.shape[:2], -1).sub_(self._mean).div_(self._std)
+            count, height, width, channels = values.shape
+            values.view(count, height, width * channels).sub_(self._mean).div_(self._std)
         return values.permute(0, 3, 1, 2)
-
-
-def augment(pixels: Tensor, padding: int, shifts: Tensor | None, mirror: Tensor | None) -> Tensor:
-    """Crop and mirror a batch with one gather; every image has its own crop.
-
-    Args:
-        pixels: [B, H, W, C].
-        padding: black pixels added on every side before the crop.
-        shifts: int64 [B, 2], the row and column in 0..2*padding where the crop starts; None: no crop.
-        mirror: bool [B], which images are mirrored left to right (after the crop); None: none.
-
-    Returns:
-        [B, H, W, C], of the same dtype.
-    """
-    count, height, width, channels = pixels.shape
-    device = pixels.device
-    rows = torch.arange(height, device=device).expand(count, height)
-    columns = torch.arange(width, device=device).expand(count, width)
-    if mirror is not None:
-        columns = torch.where(mirror[:, None], width - 1 - columns, columns)
-    if shifts is not None:
-        pixels = pad(pixels, (0, 0, padding, padding, padding, padding))
-        rows, columns = rows + shifts[:, :1], columns + shifts[:, 1:]
-    padded_height, padded_width = pixels.shape[1:3]
-    first = torch.arange(count, device=device) * padded_height
-    source = (first[:, None] + rows)[:, :, None] * padded_width + columns[:, None, :]  # [B, H, W]
-    return pixels.reshape(-1, channels).index_select(0, source.reshape(-1)).view(count, height, width, channels)
-
-
-def cut_out(pixels: Tensor, side: int, centres: Tensor) -> Tensor:
-    """Put a black square over every image of a batch, cut at the image's edges.
-
-    Args:
-        pixels: [B, H, W, C].
-        side: of the square, in pixels.
-        centres: int64 [B, 2], row and column of its centre.
-
-    Returns:
-        [B, H, W, C], of the same dtype.
-    """
-    inside = []
-    for axis, length in enumerate(pixels.shape[1:3]):
-        first = centres[:, axis, None] - side // 2
-        place = torch.arange(length, device=pixels.device)
-        inside.append((place >= first) & (place < first + side))
-    square = inside[0][:, :, None] & inside[1][:, None, :]
-    return pixels.masked_fill(square[..., None], 0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import get_args
 
 from ep_train.data.cifar import CIFAR10, CIFAR100, load_cifar
-from ep_train.data.dataset import DataError, Dataset, RawData, finish
+from ep_train.data.dataset import DataError, Dataset, Normalise, RawData, finish
 from ep_train.data.digits import load_digits
-from ep_train.data.folder import load_folder
+from ep_train.data.folder import DataCache, load_folder
 from ep_train.data.idx import load_fashion_mnist
 
 DATASET_SPECS: dict[str, str] = {
@@ -35,8 +36,10 @@ def load_dataset(
     test_limit: int | None = None,
     seed: int = 0,
     cache_dir: Path | None = None,
+    data_cache: DataCache = "memory",
+    normalise: Normalise | None = None,
 ) -> Dataset:
-    """Load a dataset into memory.
+    """Load a dataset.
 
     Args:
         spec: a key of `DATASET_SPECS`, with a path for `folder:PATH`.
@@ -45,19 +48,26 @@ def load_dataset(
         train_limit, test_limit: at most this many images, a class-balanced random choice.
         seed: chooses that subset, and which digits are held out; 0 or more.
         cache_dir: for decoded images and downloads; default `default_cache_dir()`.
+        data_cache: where the images are: in `memory`, or for `folder:PATH` in a memory-mapped file (`mmap`), of
+            which what is not in use takes no memory. A limit copies the chosen images into memory.
+        normalise: of the dataset's batches, `unit` or `standard`; default: `unit` for the digits, else `standard`.
 
     Raises:
-        DataError: the spec is unknown, or its data is missing or damaged.
+        DataError: the spec is unknown, its data is missing or damaged, or `data_cache` does not suit it.
     """
+    if data_cache not in get_args(DataCache):
+        raise DataError(f"data_cache must be one of {', '.join(get_args(DataCache))}; got {data_cache!r}")
+    if data_cache == "mmap" and spec in DATASET_SPECS:
+        raise DataError(f"data_cache: mmap is for folder:PATH; {spec} is small and always in memory")
     cache = (cache_dir if cache_dir is not None else default_cache_dir()).expanduser()
-    raw = _read(spec, root.expanduser() if root is not None else None, seed, cache)
-    return finish(raw, train_limit=train_limit, test_limit=test_limit, seed=seed)
+    raw = _read(spec, root.expanduser() if root is not None else None, seed, cache, data_cache)
+    return finish(raw, train_limit=train_limit, test_limit=test_limit, seed=seed, normalise=normalise)
 
 
-def _read(spec: str, root: Path | None, seed: int, cache: Path) -> RawData:
+def _read(spec: str, root: Path | None, seed: int, cache: Path, data_cache: DataCache) -> RawData:
     if spec.startswith(_FOLDER) and spec != _FOLDER:
         path = Path(spec.removeprefix(_FOLDER)).expanduser()
-        return load_folder(root / path if root is not None else path, cache)
+        return load_folder(root / path if root is not None else path, cache, data_cache)
     match spec:
         case "digits":
             return load_digits(seed)
