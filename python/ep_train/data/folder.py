@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,8 @@ def load_folder(folder: Path, cache_dir: Path, data_cache: DataCache = "memory")
 
 def _decoded(scan: _Scan, store: Path, *, mapped: bool) -> tuple[Tensor, Statistics | None]:
     """Both splits' images, uint8 [N, H, W, C], the training images first; their mean and std, if known."""
-    path = store / f"{scan.folder.name or 'root'}-{_digest(str(scan.folder))}{SUFFIX}"
+    stem = re.sub(r"[^\w.-]", "_", scan.folder.name[:80] or "root", flags=re.ASCII)  # for people: the digest names it
+    path = store / f"{stem}-{_digest(str(scan.folder))}{SUFFIX}"
     key = scan.key()
     files = [scan.folder / image.relative for image in (*scan.train, *scan.test)]
     found = read_cache(path, key, len(files), mapped=mapped)
