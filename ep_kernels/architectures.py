@@ -53,6 +53,10 @@ class Architecture:
             width: factor of every width (rounded, at least 1).
             pool: kind of the pooling.
 
+        Returns:
+            The widths of the convolutional nodes from node 1 on, those of the linear nodes above, and the connections
+            between the convolutional ones.
+
         Raises:
             ValueError: a side below ``least``.
         """
@@ -158,8 +162,15 @@ def architecture_of(model: str, argument: str) -> Architecture:
     """A name of ``ARCHITECTURES``, or a spec: widths with ``p`` after the pooled ones, as ``32-32p-64-64p``; linear
     layers follow as ``fc128``.
 
+    Args:
+        model: the name or spec.
+        argument: whose it is, for the error.
+
+    Returns:
+        The architecture.
+
     Raises:
-        ValueError: neither; ``argument`` says whose it is.
+        ValueError: neither.
     """
     if model in ARCHITECTURES:
         return ARCHITECTURES[model]

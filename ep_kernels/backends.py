@@ -46,7 +46,10 @@ class BackendError(RuntimeError):
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Use a backend within a ``with`` block: ``auto`` or one of ``reference``, ``cpu``, ``triton``, ``cuda``.
+    """Use a backend within a ``with`` block, in this thread (or task); it goes before ``EP_KERNELS_BACKEND``.
+
+    Args:
+        name: ``auto`` or one of ``reference``, ``cpu``, ``triton``, ``cuda``.
 
     Raises:
         ValueError: an unknown name.

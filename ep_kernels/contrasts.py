@@ -45,7 +45,10 @@ class Nudged:
     """Result of the nudged phases: ``deltas[i] / scales[i] = s^i - s_free^i``, [B, ...] or [2B, ...] (+beta first).
 
     Attributes:
-        deltas: per node; in float16 if that is the ``storage`` of the delta form, else in the parameters' dtype.
+        deltas: per node, None for the clamped input; in float16 if that is the ``storage`` of the delta form, else in
+            the parameters' dtype.
+        scales: per node, powers of two.
+        phases: 2 where both signs of beta are one batch, else 1.
         beta: signed: -beta for the ``negative`` estimator.
         centre: weight of the deltas in the contrast's mean: 1/2, or 0 for the tangent.
         trace: [steps, n], the residual of every sweep, in the states' units.
@@ -78,7 +81,19 @@ def contrast_gradients(
     of their ordinary gradients at the contrasted states.
 
     Args:
-        operands: precision of the operands of the two matrix products, as in :class:`RelaxConfig`.
+        network: whose phases these are.
+        parameters: the tensors that both phases used.
+        equilibrium: of :func:`ep_kernels.free_phase` with ``keep=True``.
+        nudged: of :func:`ep_kernels.nudged_phase` from it.
+        targets: per head, [B, ...], those of the nudged phase.
+        operands: precision of the operands of the two matrix products, as in :class:`ep_kernels.RelaxConfig`.
+        backend: name of the backend; None: the current one.
+
+    Returns:
+        Gradients in the structure and shapes of ``parameters``; None where it has None, and for tied heads.
+
+    Raises:
+        BackendError: a backend asked for by name cannot run, with the reason.
     """
     x = equilibrium.states[0]
     batch = max(x.shape[0], 1)
@@ -117,8 +132,16 @@ def contrast_gradients(
 
 
 def contrasted_states(equilibrium: Equilibrium, nudged: Nudged, node: int) -> Tensor:
-    """States of a node in the two phases that are contrasted, [2B, ...]; of the tangent, where both are the free
-    equilibrium, [B, ...].
+    """States of a node in the two phases that are contrasted.
+
+    Args:
+        equilibrium: of the free phase.
+        nudged: of the nudged phases from it.
+        node: from 1 on.
+
+    Returns:
+        [2B, ...] in float32 or wider: +beta, then -beta (one-sided: the nudged phase, then the free one); of the
+        tangent, where both are the free equilibrium, [B, ...] as it is stored.
 
     Raises:
         ValueError: ``node`` is not one of the dynamics (the clamped input, 0, has one state in all phases).
@@ -215,6 +238,9 @@ def kolen_pollack(gradients: Parameters) -> Parameters:
 
     Args:
         gradients: of a network with ``feedback="separate"``; connections without feedback weights keep their own.
+
+    Returns:
+        The same gradients with those means; both weights of a connection share one tensor.
 
     Raises:
         ValueError: there are no feedback weights.

@@ -34,7 +34,7 @@ class Neighbour:
         state: [B, ...]: the source's state (as ``below``) or the destination's (as ``above``).
         weight: [C_dst, C_src, kh, kw] or [F_dst, F_src].
         stride, padding, pool: of the connection.
-        winners: of max pooling, uint8 0..3, [B, C, H/2, W/2]; needed as ``above``.
+        winners: of max pooling, uint8 0..3 (row-major in the 2x2 window), [B, C_dst, H'/2, W'/2]; needed as ``above``.
         gain: factor of the drive, or of the feedback (k^(level difference)).
     """
 
@@ -60,12 +60,16 @@ def drive(
     Args:
         source: [B, C_src, H, W]; for a matrix weight also [B, F_src].
         weight: [C_dst, C_src, kh, kw] or [F_dst, F_src].
-        pool: ``none``, ``max`` or ``avg``.
-        winners: frozen ones: gathered at instead of compared.
+        stride, padding: of the convolution, (height, width).
+        pool: 2x2 pooling with stride 2, floor: ``none``, ``max`` or ``avg``.
+        winners: frozen ones, uint8 0..3, in the drive's shape: gathered at instead of compared.
 
     Returns:
         The drive, [B, C_dst, H', W'] or [B, F_dst], and the winners of max pooling (those given, or found; else None).
         Differentiable in source and weight at fixed winners.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     _check_connection("drive", source, weight, stride, padding, pool)
     shape = ops.drive_shape(source, weight, list(stride), list(padding), POOLS.index(pool))
@@ -92,7 +96,16 @@ def feedback(
 
     Args:
         above: the destination's state, [B, C_dst, H', W'] or [B, F_dst].
+        weight: [C_dst, C_src, kh, kw] or [F_dst, F_src].
         shape: (C, H, W) or (F,) of the source.
+        stride, padding, pool: of the connection.
+        winners: those of the drive, uint8 0..3, in the shape of ``above``; needed with max pooling.
+
+    Returns:
+        ``W^T * P^-1(above)``, [B, *shape].
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     source = above.new_empty((0, *shape))
     _check_connection("feedback", source, weight, stride, padding, pool)
@@ -130,14 +143,22 @@ def relax_step(
         bias: [C] or [F]; not used in the delta forms.
         drives: finished ones, in the state's shape, or with a batch that divides B (then read modulo it).
         below, above: neighbours still to be convolved. ``below`` with max pooling goes through :func:`drive`.
-        nudge: in the state's shape; its gain changes sign in the second phase.
-        preactivation: gamma a of the free equilibrium (delta forms).
+        nudge: dL/ds in the state's shape, or with a batch that divides B.
+        nudge_gain: its factor, ``-beta k^(N-l)``, times the scale in the delta forms; changes sign in the second phase.
+        preactivation: gamma a of the free equilibrium, in the state's shape or with a batch that divides B (delta
+            forms).
         form: ``states``, ``delta`` (clip by cases) or ``tangent``.
         phases: 2 when the batch is +beta, then -beta.
+        damping: eta in (0, 1]; in the form ``states`` also up to 2 (over-relaxation).
+        slope: gamma.
+        lo, hi: the box of the states.
         scale: power-of-two scale of the deltas.
 
     Returns:
         The new state, the residual [B] (max |change| over units, unscaled) and gamma a.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     fn = "relax_step"
     _require(state.dim() in (2, 4), fn, "state", "[B, C, H, W] or [B, F]", list(state.shape))
@@ -272,9 +293,32 @@ def contrast(
 ) -> tuple[Tensor, Tensor]:
     """Contrastive gradient of a connection's weight and bias, in the difference form.
 
+    ``scale ( <ds^dst, W * m^src> + <m^dst, W * ds^src> )`` differentiated by W, and ``scale sum ds^dst`` for the bias,
+    where for two phases ``d = d+ - d-`` and ``m = s + centre (d+ + d-)``; for one phase ``d`` is the delta itself.
+
     To contrast two given pairs of states (no deltas): pass those of -beta as ``source``, ``target``, their differences
-    ``s+ - s-`` as the deltas, and ``scale = -1 / (2 beta B)``. Arguments, returns and equation:
-    :func:`ep_kernels.reference.contrast`. The backend ``cpu`` does not round, whatever ``operands`` says.
+    ``s+ - s-`` as the deltas, and ``scale = -1 / (2 beta B)``.
+
+    Args:
+        source, target: free states of the two ends, [B, ...].
+        source_delta, target_delta: [B, ...] (one phase) or [2B, ...] (+beta, then -beta), times their gain to be in the
+            states' units. ``source_delta`` is None for the clamped input.
+        weight_shape: [C_dst, C_src, kh, kw] or [F_dst, F_src].
+        stride, padding, pool: of the connection.
+        winners: of the max pooling, uint8 0..3, in the target's shape: the same in both phases (frozen); or with twice
+            its batch, those of the +beta states and then those of the -beta (or free) states (live; ``centre`` must be
+            1/2).
+        source_gain, target_gain: factors of the deltas.
+        centre: 1/2 for finite differences (exact), 0 for the tangent.
+        scale: factor of both gradients.
+        operands: what the products round their operands to, accumulating in the tensors' dtype; the backend ``cpu``
+            does not round, whatever it says.
+
+    Returns:
+        Gradient of the weight, in ``weight_shape``, and of the bias, [C_dst] or [F_dst]. Sums over the batch.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     shape = list(weight_shape)
     _require(len(shape) in (2, 4) and min(shape) > 0, "contrast", "weight_shape", "2 or 4 positive sizes", shape)

@@ -66,7 +66,10 @@ def holomorphic_gradients(
     2 n copies of the batch: for small networks.
 
     Args:
-        x: [B, ...]; targets: per head, as for :func:`ep_kernels.nudged_phase`; both real.
+        network: without separate feedback weights.
+        parameters: its tensors, real.
+        x: the clamped input, [B, ...], real.
+        targets: per head, as for :func:`ep_kernels.nudged_phase`, real.
         config: of it ``schedule``, ``free_steps``, ``nudged_steps``, ``linear_nudge``, ``damping`` and ``tol`` are
             read. The free phase is not over-relaxed. ``beta``, ``estimator``, ``form`` and ``winners`` are what this
             estimator replaces.

@@ -308,11 +308,22 @@ class Network:
             kernel_size: of every convolution; stride is 1.
             padding: of every convolution, or one number for each.
             hidden: widths of linear nodes above the convolutions.
+            readout: ``softmax`` (outside the dynamics, cross-entropy) or ``mse`` (output units inside).
             local_heads: nodes (1 is the first) that get a cross-entropy head of weight ``local_weight`` on their map
                 averaged to at most ``local_pool`` squared.
             lo, hi: the box of the states.
             linear_output: the output units of ``mse`` are not clipped (Scellier et al. 2023).
+            local_weight: lambda of those heads.
+            local_pool: height and width that their maps are averaged to.
+            feedback_gain: k in (0, 1].
+            slope: gamma of ``clip(gamma a, lo, hi)``.
             feedback: as in :class:`Network`.
+
+        Returns:
+            The network.
+
+        Raises:
+            ValueError: naming the argument, what was expected and what came.
         """
         _require(len(channels) > 0, "Network.chain", "channels", "at least one width", repr(channels))
         _require(
@@ -365,7 +376,14 @@ class Network:
             input_shape: (C, H, W) of the clamped input, node 0.
             channels: width of node 1, 2, ...; a node's map is what its connections make of their sources'.
             connections: convolutions between those nodes. Linear ones above the last node are added: do not list them.
-            classes, hidden, readout, local_heads, ...: as in :meth:`chain`.
+            classes, hidden, readout, local_heads, local_weight, local_pool: as in :meth:`chain`.
+            feedback_gain, slope, lo, hi, linear_output, feedback: as in :meth:`chain`.
+
+        Returns:
+            The network.
+
+        Raises:
+            ValueError: naming the argument, what was expected and what came.
         """
         where = "Network.graph"
         _require(len(channels) > 0, where, "channels", "at least one width", repr(channels))

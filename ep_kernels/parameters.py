@@ -43,7 +43,7 @@ class Parameters:
 
     @staticmethod
     def shapes(network: Network) -> dict[str, Shape]:
-        """Names and shapes that a network needs."""
+        """Names and shapes that a network needs: what :meth:`named` gives of its tensors."""
         out: dict[str, Shape] = {}
         for c, conn in enumerate(network.connections):
             out[f"connections.{c}.weight"] = conn.weight_shape(network.shapes[conn.src], network.shapes[conn.dst])
@@ -60,7 +60,18 @@ class Parameters:
 
     @staticmethod
     def from_named(network: Network, tensors: Mapping[str, Tensor]) -> Parameters:
-        """The inverse of :meth:`named`. Raises ValueError for a missing name or a wrong shape."""
+        """The inverse of :meth:`named`.
+
+        Args:
+            network: whose tensors these are.
+            tensors: by name; others than the network's are not read.
+
+        Returns:
+            The same tensors, not copied.
+
+        Raises:
+            ValueError: a missing name or a wrong shape.
+        """
         for name, shape in Parameters.shapes(network).items():
             if name not in tensors:
                 raise ValueError(f"Parameters: expected a tensor '{name}' of shape {list(shape)}, got none")

@@ -133,6 +133,9 @@ def compile_plan(
         clamped: nodes that keep the state (in the delta forms, the delta) that they are given at the start.
         steps: number of sweeps that will run: settles what ``refresh`` must bring up to date.
 
+    Returns:
+        The plan.
+
     Raises:
         ValueError: an unknown schedule, phase, form or winners, with the valid names.
     """

@@ -84,6 +84,11 @@ def bptt_gradients(
     """Gradients of the batch-mean loss by BPTT through the last ``steps`` of the free phase.
 
     Args:
+        network: what is relaxed.
+        parameters: its tensors.
+        x: the clamped input, [B, ...].
+        targets: per head, [B, ...].
+        config: schedule, damping and ``free_steps`` are read.
         steps: sweeps that are unrolled and differentiated.
         free_steps: sweeps run without a graph before them; by default as many as make ``config.free_steps`` in all.
         states: where the relaxation starts; default zero.

@@ -84,6 +84,7 @@ class Dropout:
     """Draws the masks of each batch.
 
     Args:
+        network: whose channels are left out.
         rates: probability that a channel of a map, or a unit of a vector, is left out: one number for all hidden nodes,
             or one for each. The clamped input and the output units of an ``mse`` readout are always there.
 
@@ -127,9 +128,13 @@ class Dropout:
         """Masks of one batch, from a CPU generator: the same seed, the same masks on every device.
 
         Args:
+            generator: of the CPU.
             device: where the parameters are (default: the CPU). All masks go there in one copy, which does not wait for
                 a GPU; what :class:`Masks` does with them later is views of it.
             dtype: of the parameters.
+
+        Returns:
+            The masks: ``apply`` gives the thinned network's tensors, ``gradients`` brings theirs back.
         """
         nodes = [i for i, rate in enumerate(self.rates) if rate > 0]
         sizes = [self.network.shapes[i][0] for i in nodes]

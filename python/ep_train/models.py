@@ -38,12 +38,21 @@ def build_network(
     Args:
         model: a name of ``ARCHITECTURES``, or a spec: widths with ``p`` after the pooled ones, as ``32-32p-64-64p``,
             then linear layers as ``fc128``.
+        input_shape: (C, H, W) of the images.
+        classes: outputs of the readout.
         width: factor of every width (rounded, at least 1).
         pool: kind of the 2x2 pooling.
+        readout: ``softmax`` (outside the dynamics, cross-entropy) or ``mse`` (output units inside).
+        feedback_gain: k in (0, 1].
+        slope: gamma of ``clip(gamma a, lo, hi)``.
         box: lo and hi, the bounds of the states.
         linear_output: the output units of an ``mse`` readout are not clipped.
         feedback: ``tied``, or ``separate``: through weights of its own.
-        local_heads: nodes (1 is the first) with a local cross-entropy head of weight ``local_weight``.
+        local_heads: nodes (1 is the first) with a local cross-entropy head.
+        local_weight: lambda of those heads.
+
+    Returns:
+        The network.
 
     Raises:
         ValueError: an unknown name, or an input too small for the pools.
@@ -120,7 +129,10 @@ class Model(nn.Module):
     Names: ``connections.0.weight``, ``nodes.1.bias``, ``heads.0.weight``, ``heads.0.bias``.
 
     Args:
-        weight_gain: of :func:`initial_parameters`.
+        network: whose parameters these are.
+        weight_gain: initial weights are normal with standard deviation ``weight_gain / sqrt(fan-in)``: one gain, or one
+            for each connection, then the readout if given; biases start at zero.
+        seed: of the initial weights.
         loss: L_aug, whose network this is; None: the labels on every head.
     """
 

@@ -70,10 +70,16 @@ def diagnose(
     images in plain PyTorch.
 
     Args:
+        network: what is relaxed.
+        parameters: its tensors.
         x: the clamped input, [B, ...].
+        config: of the free phase.
         states: where the free phase starts, as for :func:`ep_kernels.free_phase`.
         iterations: of the power iteration, an even number; the radius is the growth over its second half.
         samples: images of the batch, from its first on, whose radius is estimated.
+
+    Returns:
+        What was measured.
 
     Raises:
         ValueError: ``iterations`` is not even or less than 2; an argument that ``free_phase`` refuses.
@@ -202,6 +208,14 @@ def advice(stability: Stability, config: RelaxConfig, network: Network) -> str |
     """What to change when the free phase has not converged, derived from the numbers; None when it has.
 
     Converged: the residual is at most ``config.tol``, or 0.1 where that is 0.
+
+    Args:
+        stability: what :func:`diagnose` measured.
+        config: the settings that it was measured with.
+        network: likewise.
+
+    Returns:
+        One line that names options of ``ep-train`` and numbers for them; or None.
     """
     allowed = config.tol or ENOUGH
     r, rho, k = stability.residual, stability.spectral_radius, network.feedback_gain

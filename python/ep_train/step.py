@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one batch: the readout's mean loss and number of correct predictions at the free equilibrium, and the mean
-    residual of the last free sweep over samples (None for BPTT and backprop). Tensors, so that a GPU need not be waited
-    for.
+    """Of one batch. Tensors, so that a GPU need not be waited for.
 
     Attributes:
+        loss: mean loss of the readout at the free equilibrium, a scalar.
+        correct: number of correct predictions there, a scalar.
+        residual: mean over samples of the residual of the last free sweep, a scalar; None for BPTT and backprop.
         states: of EP, the free equilibrium, per node: a warm start of the same images.
     """
 
@@ -51,10 +52,21 @@ def ep_step(
     """EP gradients of a batch into ``.grad``: free phase, nudged phases, contrast.
 
     Args:
+        model: its parameters get the gradients of the batch-mean loss; those of the batch before are replaced.
+        images: [B, C, H, W], in the parameters' dtype and on their device.
+        labels: int64 [B].
+        config: of both phases.
         indices: of the images in their dataset, for a teacher whose logits are kept.
         states: where the free phase starts, per node; default zero.
         masks: of dropout.
         same_update: weights and separate feedback weights both get the mean of their gradients.
+
+    Returns:
+        Loss, correct predictions, residual and free equilibrium.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, or labels out of range.
+        BackendError: a backend asked for by name cannot run, with the reason.
     """
     network, own = model.network, model.tensors()
     tensors = own if masks is None else masks.apply(own)
@@ -80,7 +92,22 @@ def bptt_step(
     indices: Tensor | None = None,
     masks: Masks | None = None,
 ) -> StepResult:
-    """BPTT gradients of a batch into ``.grad``: the last ``nudged_steps`` of ``free_steps`` sweeps are unrolled."""
+    """BPTT gradients of a batch into ``.grad``: the last ``nudged_steps`` of ``free_steps`` sweeps are unrolled.
+
+    Args:
+        model: its parameters get the gradients of the batch-mean loss; those of the batch before are replaced.
+        images: [B, C, H, W], in the parameters' dtype and on their device.
+        labels: int64 [B].
+        config: of the free phase.
+        indices: of the images in their dataset, for a teacher whose logits are kept.
+        masks: of dropout.
+
+    Returns:
+        Loss and correct predictions.
+
+    Raises:
+        ValueError: labels out of range.
+    """
 
     def gradients(tensors: Parameters, targets: list[Tensor]) -> tuple[Parameters, list[Tensor]]:
         return bptt_gradients(model.network, tensors, images, targets, config, steps=config.nudged_steps)[:2]
@@ -131,7 +158,20 @@ def read(results: Sequence[StepResult]) -> list[tuple[float, int, float | None]]
 
 @torch.no_grad()
 def predict(model: Model, images: Tensor, config: RelaxConfig) -> tuple[Tensor, Tensor]:
-    """Outputs of the readout, [B, classes], and residuals, [B], of the free phase."""
+    """Outputs of the readout at the free equilibrium.
+
+    Args:
+        model: the network and its parameters.
+        images: [B, C, H, W], in the parameters' dtype and on their device.
+        config: of the free phase.
+
+    Returns:
+        Logits, or values for ``mse``, [B, classes]; and the residuals, [B].
+
+    Raises:
+        ValueError: images of the wrong shape, dtype or device.
+        BackendError: a backend asked for by name cannot run, with the reason.
+    """
     tensors = model.tensors()
     equilibrium = ep_kernels.free_phase(model.network, tensors, images, config)
     return ep_kernels.readout(model.network, tensors, equilibrium), equilibrium.residual

@@ -28,6 +28,7 @@ class WarmStates:
     anew at the end of every epoch, beside the old one until it is complete.
 
     Args:
+        network: whose states these are.
         count: training images.
         dtype: float32, or float16 for half the memory: states within [-1, 1] to 5e-4.
         limit: bytes that the states may take; default half of the machine's memory, or of what its control

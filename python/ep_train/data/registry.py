@@ -52,6 +52,9 @@ def load_dataset(
             which what is not in use takes no memory. A limit copies the chosen images into memory.
         normalise: of the dataset's batches, `unit` or `standard`; default: `unit` for the digits, else `standard`.
 
+    Returns:
+        Its images, uint8, and labels, on the host.
+
     Raises:
         DataError: the spec is unknown, its data is missing or damaged, or `data_cache` does not suit it.
     """

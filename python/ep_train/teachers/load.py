@@ -80,6 +80,9 @@ def load_teacher(
             folder's reads batches as they come.
         dataset: what the images are of (``Dataset.name``): a run folder of another one is worth a warning in the log.
 
+    Returns:
+        The teacher, frozen; ``classes`` says how many logits it has, ``names`` which modules it watches.
+
     Raises:
         ValueError: nothing of that name, a file that cannot be read (files are read with ``weights_only``) or does not
             fit, a run on images of another shape, a library that is not installed, weights that cannot be downloaded,

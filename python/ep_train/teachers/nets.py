@@ -134,9 +134,13 @@ def build_teacher(
     Args:
         name: one of ``TEACHERS``.
         image_shape: (C, H, W).
+        classes: outputs.
         width: factor of every width: the first layer has ``round(64 width)`` channels, the others its multiples.
         mean, std: per channel, of pixels in [0, 1]: the module then reads pixels and normalises them itself. By default
             it reads batches as they come from the data pipeline, and must be given the same ones as a teacher.
+
+    Returns:
+        The module: images [B, C, H, W] to logits [B, classes].
 
     Raises:
         ValueError: an unknown name, or numbers that do not fit.

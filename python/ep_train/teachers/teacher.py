@@ -16,7 +16,11 @@ from ..data.loader import default_normalise
 
 @dataclass(frozen=True)
 class Normalisation:
-    """How images were normalised: ``(pixels - mean) / std`` per channel, pixels in [0, 1]."""
+    """How images were normalised: ``(pixels - mean) / std`` per channel, pixels in [0, 1].
+
+    Attributes:
+        mean, std: one number per channel.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
