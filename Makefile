@@ -7,11 +7,11 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bi
 RUN := $(VENV)/bin/python -m
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -type f 2>/dev/null)
 
-.PHONY: help train test lint format bench wheel clean
+.PHONY: help train test lint format bench docs docs-serve wheel clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 train: $(VENV)/.train ## set up, then train on the digits with the defaults of ep-train
 	$(VENV)/bin/ep-train
@@ -37,6 +37,12 @@ bench: $(VENV)/.train ## the benchmark suite on this CPU (10 to 20 minutes), and
 	$(RUN) benchmarks run cpu
 	$(RUN) benchmarks report
 
+docs: $(VENV)/.docs ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
+
+docs-serve: $(VENV)/.docs ## the same while you write, at http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs serve
+
 wheel: $(VENV)/.test ## dist/ep_kernels-*.whl
 	rm -rf build/lib* build/bdist* # else files deleted since the last wheel come back
 	$(RUN) build --wheel --no-isolation
@@ -47,7 +53,7 @@ clean: ## remove everything that the other targets made
 
 # One virtual environment; one stamp for each set of extras in it. A stamp older than the sources it was made from sets
 # up again; pip and ninja then do only what changed.
-$(VENV)/.train $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.tools $(SOURCES)
+$(VENV)/.train $(VENV)/.test $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(VENV)/.tools $(SOURCES)
 	@command -v $(CXX) >/dev/null || { echo "No C++ compiler ($(CXX)). Install one: apt install g++, or dnf install gcc-c++"; exit 1; }
 	@echo "[3/3] compiling the kernels, installing what '$*' needs (the first time about a minute; some minutes where there is an nvcc)"
 	@$(PIP) --no-build-isolation --editable '.[$*]'

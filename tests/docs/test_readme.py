@@ -2,91 +2,139 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import tyro
 
-from ep_train.check import CheckConfig
-from ep_train.cli import TEACHER, RecipeConfig, ResumeConfig, started_from
-from ep_train.config import TrainConfig
+import ep_kernels.cli
+import ep_train.cli
+from tests.docs.pages import (
+    PAGES,
+    ROOT,
+    anchors,
+    blocks,
+    command_lines,
+    fences,
+    inline_code,
+    module_lines,
+    shell_lines,
+    text,
+)
 
-ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")))
-COMMANDS: dict[str, type] = {
-    "train": TrainConfig,
-    "teacher": TrainConfig,
-    "check": CheckConfig,
-    "resume": ResumeConfig,
-    "recipe": RecipeConfig,
-}
 SOURCES = ("ep_kernels/**/*.py", "python/**/*.py", "csrc/**/*", "setup.py", "CMakeLists.txt", "Makefile")
+# What may stand behind a fence. Blocks of python run on any machine, one page in one namespace; those of `python gpu`
+# where torch sees a CUDA device. What needs several processes or a package that tests do not have is no `python`.
+LANGUAGES = {"", "python", "python gpu", "sh", "text", "text other", "cmake", "cpp", "bibtex", "json", "yaml"}
+# Programs whose lines in blocks of sh are read by their own parsers.
+MODULES = {
+    "ep_kernels.info": "ep_kernels.info",
+    "ep_train": "ep_train.cli",
+    "benchmarks": "benchmarks.__main__",
+    "benchmarks.aot": "benchmarks.aot",
+    "benchmarks.deep": "benchmarks.deep.__main__",
+    "benchmarks.gpu": "benchmarks.gpu",
+    "benchmarks.scaling": "benchmarks.scaling.__main__",
+}
 
 
-def text(page: str) -> str:
-    return (ROOT / page).read_text(encoding="utf-8")
+class Parsed(BaseException):
+    """A command line has been read without an error."""
 
 
-def blocks(page: str, language: str) -> list[tuple[int, str]]:
-    """Fenced blocks of one language: the line on which the code starts, and the code."""
-    content = text(page)
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", content, re.MULTILINE | re.DOTALL)
-    return [(content.count("\n", 0, match.start(1)), match.group(1)) for match in found]
+@pytest.fixture
+def stop_when_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands end with ``Parsed`` where they would begin their work."""
+
+    def stopping(parse: Callable[..., object]) -> Callable[..., None]:
+        def parsed(*args: object, **kwargs: object) -> None:
+            parse(*args, **kwargs)
+            raise Parsed
+
+        return parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stopping(argparse.ArgumentParser.parse_args))
+    monkeypatch.setattr(tyro, "cli", stopping(tyro.cli))
 
 
-def command_lines(page: str, program: str) -> list[str]:
-    """Shell commands that start with ``program``: in blocks of sh, and inline."""
-    lines = [line for _, block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
-    lines += [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text(page))]
-    return [line for line in lines if line.startswith(f"{program} ")]
+def reads(main: Callable[[list[str]], object], arguments: list[str]) -> bool:
+    """Whether a command takes these arguments, as ``--help``, as a list that it prints, or to begin its work."""
+    try:
+        return main(arguments) in (0, None)
+    except Parsed:
+        return True
+    except SystemExit as end:
+        return end.code == 0
 
 
-def anchors(page: str) -> set[str]:
-    """Targets of links to headings, as GitHub names them."""
-    prose = re.sub(r"^```.*?^```$", "", text(page), flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") or blocks(page, "python gpu")])
+def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a page may write files
+    namespace: dict[str, Any] = {"__name__": page}
+    for line, words, block in fences(page):
+        if words == "python" or (words == "python gpu" and torch.cuda.is_available()):
+            # The padding makes a traceback name the page's own line.
+            exec(compile("\n" * line + block, page, "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/concepts.md"])
-def test_python_runs(page: str) -> None:
-    found = blocks(page, "python")
-    assert found
-    namespace: dict[str, Any] = {}
-    for line, block in found:
-        # The padding makes a traceback name the page's own line.
-        exec(compile("\n" * line + block, page, "exec"), namespace)
+def test_there_is_python_to_run() -> None:
+    assert blocks("README.md", "python")
+    assert blocks("docs/concepts.md", "python")
+    assert blocks("docs/quickstart.md", "python")
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_fences_say_what_is_in_them(page: str) -> None:
+    assert {words for _, words, _ in fences(page)} - LANGUAGES == set()
+
+
+@pytest.mark.usefixtures("stop_when_parsed")
+@pytest.mark.parametrize("page", PAGES)
 def test_command_lines_parse(page: str) -> None:
     lines = command_lines(page, "ep-train")
-    if page == "README.md":
+    if page in ("README.md", "docs/recipes.md"):
         assert lines
     for line in lines:
         arguments = shlex.split(line, comments=True)[1:]
-        if "--help" in arguments or arguments[-2:] == ["--preset", "list"]:
-            continue
-        command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
         if "--config" in arguments:  # a file that is not there
             at = arguments.index("--config")
             del arguments[at : at + 2]
-        try:
-            if command in ("train", "teacher"):
-                start = TEACHER if command == "teacher" else started_from(arguments, TrainConfig())
-                tyro.cli(TrainConfig, args=arguments, default=start)
-            elif arguments:
-                tyro.cli(COMMANDS[command], args=arguments)
-        except SystemExit:
-            pytest.fail(f"{page}: ep-train does not accept: {line}")
+        if len(arguments) == 1 and not arguments[0].startswith("-"):  # a command that is named, not shown
+            arguments.append("--help")
+        assert reads(ep_train.cli.main, arguments), f"{page}: ep-train does not accept: {line}"
+
+
+@pytest.mark.usefixtures("stop_when_parsed")
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_of_other_programs_parse(page: str) -> None:
+    for line in shell_lines(page):
+        if line.startswith("ep-kernels "):
+            arguments = shlex.split(line, comments=True)[1:]
+            assert reads(ep_kernels.cli.main, arguments), f"{page}: ep-kernels does not accept: {line}"
+    for module, arguments in module_lines(page):
+        if module in MODULES:
+            main = importlib.import_module(MODULES[module]).main
+            assert reads(main, arguments), f"{page}: {module} does not accept: {' '.join(arguments)}"
+
+
+@pytest.mark.usefixtures("stop_when_parsed")
+def test_wrong_command_lines_are_noticed() -> None:
+    assert not reads(ep_train.cli.main, ["--epoch", "3"])
+    assert not reads(ep_train.cli.main, ["--preset", "laborieux2021"])
+    assert not reads(ep_kernels.cli.main, ["tune", "--batches", "3"])
+    assert not reads(importlib.import_module("benchmarks.__main__").main, ["ask"])
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_make_targets_exist(page: str) -> None:
-    targets = set(re.findall(r"^([a-z]+):", text("Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.MULTILINE))
     used = {line.split()[1] for line in command_lines(page, "make")}
     assert {name for name in used if "=" not in name} <= targets
 
@@ -121,7 +169,8 @@ def test_links_lead_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_named_in_code_style_exist(page: str) -> None:
-    named = re.findall(r"`((?:csrc|ep_kernels|python|benchmarks|tests|docs)/[\w./]+\.\w+)`", text(page))
+    prefix = r"(?:csrc|ep_kernels|python|benchmarks|tests|docs)/[\w./]+\.\w+"
+    named = [code for code in inline_code(page) if re.fullmatch(prefix, code)]
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
