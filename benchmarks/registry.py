@@ -70,6 +70,7 @@ def questions() -> dict[str, Question]:
         batch,
         cold_start,
         contrast,
+        data_pipeline,
         depth,
         drive,
         gpu_tests,
@@ -98,6 +99,7 @@ def questions() -> dict[str, Question]:
         contrast,
         depth,
         batch,
+        data_pipeline,
         cold_start,
         scaling,
     )
