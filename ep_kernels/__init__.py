@@ -3,7 +3,8 @@
 from . import functional, reference
 from .backends import BackendError, backend, release
 from .config import RelaxConfig
-from .contrasts import Equilibrium, Nudged, contrast_gradients, contrasted_states, kolen_pollack
+from .contrasts import Nudged, contrast_gradients, contrasted_states, kolen_pollack
+from .equilibrium import ConvergenceError, Equilibrium
 from .holomorphic import holomorphic_gradients
 from .network import Connection, Head, Network
 from .parameters import Parameters
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "Connection",
+    "ConvergenceError",
     "Equilibrium",
     "Head",
     "Network",

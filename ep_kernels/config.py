@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+import operator
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -13,7 +16,11 @@ from .plan import FORMS, SCHEDULES, Form, Schedule, Winners
 from .precision import OPERANDS, STORAGES, Operands
 
 Estimator = Literal["symmetric", "positive", "negative", "tangent", "five_phase", "contrastive", "coupled"]
+OnFail = Literal["raise", "warn", "ignore"]
+Start = Literal["zero", "feedforward"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+ON_FAILS: tuple[OnFail, ...] = get_args(OnFail)
+STARTS: tuple[Start, ...] = get_args(Start)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,18 @@ class RelaxConfig:
             torch.float16. Arithmetic, preactivations, drives and residuals stay in the parameters' dtype. A residual in
             float16 may stay at the states' last digit, 5e-4 near 1: a smaller ``tol`` may never stop. Take the delta
             form with it: the states form subtracts two stored states, which leaves no digits in the lower layers.
+        on_fail: what a free phase does that ends above ``tol``: ``warn`` logs it, with what to change, once for each
+            network and setting; ``raise`` raises :class:`ConvergenceError`; ``ignore`` does nothing, so that a GPU need
+            not be waited for. With ``tol`` 0 nothing is tested: ``warn`` has nothing to say, and ``raise`` is refused.
+        start: where a free phase starts that is not given states: ``zero`` ones, or ``feedforward``, those of one
+            bottom-up pass without feedback, which is no sweep of the ``free_steps``. In ``sweep`` the first sweep from
+            zero is that pass, so there both are the same.
+        early_operands, early_steps: precision of the operands of the first so many of the ``free_steps``, whose
+            rounding the later sweeps forget. The last sweep always has ``operands``. It is two relaxations in a row,
+            each with its own buffers on a GPU; the first sweep of the second is not over-relaxed.
+
+    The settings that other solvers call steps, gain and precision are ``free_steps`` and ``nudged_steps``, the
+    network's ``feedback_gain``, and ``operands`` and ``storage``.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -68,33 +87,55 @@ class RelaxConfig:
     tol: float = 0.0
     operands: Operands = None
     storage: torch.dtype | None = None
+    on_fail: OnFail = "warn"
+    start: Start = "zero"
+    early_operands: Operands = None
+    early_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, valid in (
+        names: tuple[tuple[str, object, Collection[object]], ...] = (
             ("schedule", self.schedule, SCHEDULES),
             ("estimator", self.estimator, ESTIMATORS),
             ("form", self.form, FORMS[:2]),
             ("winners", self.winners, ("live", "frozen")),
             ("operands", self.operands, OPERANDS),
             ("storage", self.storage, STORAGES),
-        ):
-            if value not in valid:
-                names = ", ".join(str(v) for v in valid)
-                raise ValueError(f"RelaxConfig: argument '{name}': expected one of {names}, got {value!r}")
+            ("on_fail", self.on_fail, ON_FAILS),
+            ("start", self.start, STARTS),
+            ("early_operands", self.early_operands, OPERANDS),
+            ("linear_nudge", self.linear_nudge, (True, False)),
+        )
+        for name, value, valid in names:
+            if not any(value is v or (isinstance(value, str) and value == v) for v in valid):
+                listed = ", ".join(str(v) for v in valid)
+                raise ValueError(f"RelaxConfig: argument '{name}': expected one of {listed}, got {value!r}")
+        for name, least in (("free_steps", 1), ("nudged_steps", 1), ("early_steps", 0)):
+            count = getattr(self, name)
+            if not isinstance(count, Integral) or isinstance(count, bool) or count < least:
+                raise ValueError(f"RelaxConfig: argument '{name}': expected an integer >= {least}, got {count!r}")
+            object.__setattr__(self, name, operator.index(count))
+        omega = 1.0 if self.over_relaxation is None else _number(self.over_relaxation)
         for name, ok, expected in (
-            ("free_steps", isinstance(self.free_steps, int) and self.free_steps >= 1, "an integer >= 1"),
-            ("nudged_steps", isinstance(self.nudged_steps, int) and self.nudged_steps >= 1, "an integer >= 1"),
-            ("beta", math.isfinite(self.beta) and self.beta > 0, "a finite number > 0"),
-            ("damping", math.isfinite(self.damping) and 0 < self.damping <= 1, "a number in (0, 1]"),
-            (
-                "over_relaxation",
-                self.over_relaxation is None or 1 <= self.over_relaxation < 2,
-                "a number in [1, 2)",
-            ),
-            ("tol", math.isfinite(self.tol) and self.tol >= 0, "a finite number >= 0"),
+            ("beta", 0 < _number(self.beta) < math.inf, "a finite number > 0"),
+            ("damping", 0 < _number(self.damping) <= 1, "a number in (0, 1]"),
+            ("over_relaxation", 1 <= omega < 2, "a number in [1, 2)"),
+            ("tol", 0 <= _number(self.tol) < math.inf, "a finite number >= 0"),
         ):
+            value = getattr(self, name)
             if not ok:
-                raise ValueError(f"RelaxConfig: argument '{name}': expected {expected}, got {getattr(self, name)!r}")
+                raise ValueError(f"RelaxConfig: argument '{name}': expected {expected}, got {value!r}")
+            if value is not None:
+                object.__setattr__(self, name, float(value))
+        if self.on_fail == "raise" and self.tol == 0:
+            raise ValueError(
+                "RelaxConfig: argument 'on_fail': expected a tol > 0 with 'raise' (with tol 0 convergence is not "
+                f"tested), got tol {self.tol!r}"
+            )
+        if (self.early_operands is None) != (self.early_steps == 0):
+            raise ValueError(
+                "RelaxConfig: argument 'early_steps': expected early_operands and early_steps > 0 together, got "
+                f"{self.early_operands!r} and {self.early_steps!r}"
+            )
         if self.estimator == "coupled" and self.beta > 1:
             raise ValueError(
                 f"RelaxConfig: argument 'beta': expected at most 1 with estimator='coupled' (1 clamps the output units "
@@ -140,6 +181,51 @@ class RelaxConfig:
 
     @staticmethod
     def classical(**changes: object) -> RelaxConfig:
-        """Settings of the published codes (Laborieux et al. 2021): synchronous, states, live winners, T 250, K 30."""
+        """Settings of the published codes (Laborieux et al. 2021): synchronous, states, live winners, T 250, K 30.
+
+        Raises:
+            ValueError: see :class:`RelaxConfig`; an unknown name, with the valid ones.
+        """
         base = RelaxConfig("sync", 250, 30, beta=0.2, form="states", winners="live", over_relaxation=1.0)
-        return replace(base, **changes)  # type: ignore[arg-type]
+        return replace(base, **_known("RelaxConfig.classical", changes))
+
+    @staticmethod
+    def from_dict(values: Mapping[str, object]) -> RelaxConfig:
+        """From a mapping, of a JSON file say; what it lacks has its default. Dtypes may be named: ``"float16"``.
+
+        Raises:
+            ValueError: see :class:`RelaxConfig`; an unknown name, with the valid ones.
+        """
+        dtypes = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+        found = _known("RelaxConfig.from_dict", values)
+        for name in ("operands", "storage", "early_operands"):
+            if isinstance(found.get(name), str):
+                found[name] = dtypes.get(found[name].removeprefix("torch."), found[name])
+        return RelaxConfig(**found)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for a JSON file, dtypes by name: what :meth:`from_dict` reads."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+            for name, value in values.items()
+        }
+
+
+def _number(value: object) -> float:
+    """NaN, which no range holds, for what is no real number."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def _known(where: str, values: Mapping[str, object]) -> dict[str, Any]:
+    """The values, unless a name is none of RelaxConfig's."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: argument 'values': expected a mapping of names to values, got {values!r}")
+    valid = [f.name for f in fields(RelaxConfig)]
+    unknown = [name for name in values if name not in valid]
+    if unknown:
+        raise ValueError(f"{where}: expected names among {', '.join(valid)}; got {', '.join(map(repr, unknown))}")
+    return dict(values)

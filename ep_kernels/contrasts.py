@@ -9,35 +9,11 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
+from .equilibrium import Equilibrium
 from .network import Head, Network
 from .parameters import Parameters
 from .precision import Operands
 from .relaxation import Contrast
-
-
-@dataclass(frozen=True)
-class Equilibrium:
-    """Result of the free phase.
-
-    Attributes:
-        states: per node, [B, ...]; index 0 is the clamped input, the others are float16 if that is the ``storage``.
-        preactivations: per node, gamma a of its last update ([] when not kept).
-        drives, winners: by connection: drives that are those of the final states, winners of the last ones computed
-            (those of the final states if kept).
-        residual: [B], max over units of |s_{t+1} - s_t| in the last sweep that ran.
-        trace: [steps, B], the residual of every sweep.
-        steps: sweeps that ran.
-        converged: every residual is at most ``tol``; None when tol is 0, which never tests.
-    """
-
-    states: list[Tensor]
-    preactivations: list[Tensor | None]
-    drives: dict[int, Tensor]
-    winners: dict[int, Tensor]
-    residual: Tensor
-    trace: Tensor
-    steps: int
-    converged: bool | None
 
 
 @dataclass(frozen=True)

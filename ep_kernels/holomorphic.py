@@ -24,12 +24,13 @@ from torch import Tensor
 
 from . import reference
 from .config import RelaxConfig
-from .contrasts import Equilibrium, add_tied, map_gradient, tile
+from .contrasts import add_tied, map_gradient, tile
+from .equilibrium import Equilibrium, tested
 from .network import Head, Network
 from .parameters import Parameters
 from .plan import Step, compile_plan
 from .relaxation import Relaxation, Relaxed, _Run
-from .solver import _check_input, _check_targets, _steps_run, least_nudge
+from .solver import _check_input, _check_targets, least_nudge
 
 log = logging.getLogger("ep_kernels")
 LEAST_EPS = (
@@ -70,9 +71,9 @@ def holomorphic_gradients(
         parameters: its tensors, real.
         x: the clamped input, [B, ...], real.
         targets: per head, as for :func:`ep_kernels.nudged_phase`, real.
-        config: of it ``schedule``, ``free_steps``, ``nudged_steps``, ``linear_nudge``, ``damping`` and ``tol`` are
-            read. The free phase is not over-relaxed. ``beta``, ``estimator``, ``form`` and ``winners`` are what this
-            estimator replaces.
+        config: of it ``schedule``, ``free_steps``, ``nudged_steps``, ``linear_nudge``, ``damping``, ``tol`` and
+            ``on_fail`` are read. The free phase is not over-relaxed. ``beta``, ``estimator``, ``form`` and ``winners``
+            are what this estimator replaces.
         points: n >= 2; 2 is the symmetric estimator at beta = ``radius``.
         radius: r > 0. It must be smaller than the distance to the nearest singularity of s(beta); beyond it the
             gradients are finite and wrong, and where the relaxation with complex nudges does not converge, a warning
@@ -85,7 +86,9 @@ def holomorphic_gradients(
 
     Raises:
         ValueError: an argument out of its range, or of the wrong shape, dtype or device; separate feedback weights; a
-            cosine head, whose loss is not holomorphic; operands or storage of a lower precision.
+            cosine head, whose loss is not holomorphic; operands (early ones too) or storage of a lower precision; a
+            feed-forward start.
+        ConvergenceError: see :func:`ep_kernels.free_phase`.
     """
     config = config or RelaxConfig()
     _check(network, config, points, radius, activation)
@@ -99,11 +102,9 @@ def holomorphic_gradients(
     circle = [cmath.rect(1.0, 2 * math.pi * j / points) for j in range(points)]
     start: list[Tensor | None] = [tile(s, points) for s in real]
     nudged = _relax(network, parameters, start, config, activation, circle, radius, targets, winners)
-    steps = _steps_run(free, config)
-    residual = free.residual[:steps, : len(x)]
-    converged = bool((residual[-1] <= config.tol).all()) if config.tol > 0 else None
     preactivations = [a if a is None else a[: len(x)] for a in free.preactivations]
-    equilibrium = Equilibrium(real, preactivations, {}, winners, residual[-1], residual, steps, converged)
+    residuals = free.residual[:, : len(x)]
+    equilibrium = tested(Equilibrium(real, preactivations, {}, winners, residuals, network, config))
     states = [s for s in nudged.states if s is not None]
     copies = [torch.cat([tile(s, points), torch.zeros_like(tile(s, points))]) for s in real]
     moved = [s - before for s, before in zip(states, copies, strict=True)]
@@ -365,6 +366,13 @@ def _check(network: Network, config: RelaxConfig, points: int, radius: float, ac
         ),
         ("config", config.operands is None, "operands=None (the parameters' precision)", config.operands),
         ("config", config.storage is None, "storage=None (the parameters' precision)", config.storage),
+        (
+            "config",
+            config.early_operands is None,
+            "early_operands=None (the parameters' precision)",
+            config.early_operands,
+        ),
+        ("config", config.start == "zero", "start='zero'", config.start),
     ):
         if not ok:
             raise ValueError(f"holomorphic_gradients: argument '{name}': expected {expected}, got {got!r}")

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from . import backends, reference
 from .config import RelaxConfig
-from .contrasts import Equilibrium, Nudged, combined, contrast_gradients, tile
+from .contrasts import Nudged, combined, contrast_gradients, tile
+from .equilibrium import Equilibrium, tested
 from .network import Network, Shape
 from .parameters import Parameters
 from .plan import Form, Plan, Step, compile_plan
-from .relaxation import Relaxation, Relaxed
+from .relaxation import Relaxation
+from .stages import run_stages, stored
 
 log = logging.getLogger("ep_kernels")
 # The states form subtracts states that differ by about beta k^(levels - 1) in the lowest layer. How many eps of their
@@ -41,56 +43,34 @@ def free_phase(
 
     Args:
         x: the clamped input, [B, C, H, W] or [B, F].
-        states: warm start, per node (index 0 is not read), in x's dtype or float16.
+        states: warm start, per node (index 0 is not read), in x's dtype or float16; the config's ``start`` is then not
+            read.
         keep: keep what the nudged phases need (preactivations, up-to-date winners).
         backend: name; None is the current one (:func:`ep_kernels.backend`).
 
+    Returns:
+        The equilibrium: states, the residual of every sample, and (when asked for) steps, ``converged`` and a
+        ``message`` that says what to change.
+
     Raises:
         ValueError: an argument of the wrong shape, dtype or device.
+        ConvergenceError: a residual is above ``tol`` at the end, with ``on_fail="raise"``.
     """
     config = config or RelaxConfig()
     _check_input("free_phase", network, parameters, x)
-    warm = states is not None
     if states is not None:
         _check_states(network, states, x)
-    plan = compile_plan(network, config.schedule, "free", warm=warm, steps=config.free_steps)
-    nodes, count = len(network.shapes), len(network.connections)
-    start = [x, *(_stored(states[1:], x, config) if states is not None else [None] * (nodes - 1))]
-    relaxed = backends.relax(
-        Relaxation(
+    relaxed = run_stages(network, parameters, x, config, states, keep=keep, backend=backend)
+    return tested(
+        Equilibrium(
+            [s for s in relaxed.states if s is not None],
+            relaxed.preactivations,
+            relaxed.drives,
+            relaxed.winners,
+            relaxed.residual,
             network,
-            plan,
-            config.free_steps,
-            parameters.weights,
-            parameters.biases,
-            start,
-            x.shape[0],
-            drive_gains=[1.0] * count,
-            feedback_gains=[network.feedback_coefficient(c) for c in range(count)],
-            nudge_gains=[0.0] * nodes,
-            scales=[1.0] * nodes,
-            damping=config.free_damping(network.feedback_gain),
-            tol=config.tol,
-            operands=config.operands,
-            storage=config.storage,
-            keep=keep,
-            feedback_weights=parameters.feedback_weights,
-        ),
-        backend,
-    )
-    steps = _steps_run(relaxed, config)
-    residual = relaxed.residual[steps - 1]
-    converged = bool((residual <= config.tol).all()) if config.tol > 0 else None
-    final = [s for s in relaxed.states if s is not None]
-    return Equilibrium(
-        final,
-        relaxed.preactivations,
-        _valid_drives(network, config, relaxed.drives, keep),
-        relaxed.winners,
-        residual,
-        relaxed.residual[:steps],
-        steps,
-        converged,
+            config,
+        )
     )
 
 
@@ -121,7 +101,7 @@ def nudged_phase(
     x = equilibrium.states[0]
     _check_targets("nudged_phase", network, targets, extra, equilibrium.states)
     _check_estimator("nudged_phase", network, config, extra)
-    free = [x, *_stored(equilibrium.states[1:], x, config)]
+    free = [x, *stored(equilibrium.states[1:], x, config)]
     form = config.nudge_form
     clamped, phases = config.clamped_nodes(network), config.phases
     beta = _signed_beta(config)
@@ -317,11 +297,6 @@ def _warn_unreached(network: Network, plan: Plan, schedule: str, nudged_steps: i
         )
 
 
-def _valid_drives(network: Network, config: RelaxConfig, drives: dict[int, Tensor], keep: bool) -> dict[int, Tensor]:
-    """Those that are of the final states."""
-    return {c: t for c, t in drives.items() if config.keeps_drive(network.connections[c], refreshed=keep)}
-
-
 def _signed_beta(config: RelaxConfig) -> float:
     if config.estimator in ("tangent", "contrastive"):
         return 1.0
@@ -332,17 +307,6 @@ def _clamped(free: Tensor, target: Tensor, beta: float, form: Form, scale: float
     """Where coupled learning holds the output units: ``beta`` of the way from the free state to the target."""
     delta = beta * (target - free.to(target.dtype))
     return (free + delta if form == "states" else scale * delta).to(free.dtype)
-
-
-def _stored(states: Sequence[Tensor | None], x: Tensor, config: RelaxConfig) -> list[Tensor]:
-    """States (of a run that may have stored them otherwise) in the dtype that ``config`` stores them in."""
-    return [s.to(config.storage or x.dtype) for s in states if s is not None]
-
-
-def _steps_run(relaxed: Relaxed, config: RelaxConfig) -> int:
-    if config.tol == 0 or relaxed.residual.numel() == 0:
-        return config.free_steps
-    return int((relaxed.residual[:, 0] != -1).sum())  # -1 marks the sweeps that an early stop left out
 
 
 def _check_input(fn: str, network: Network, parameters: Parameters, x: Tensor) -> None:

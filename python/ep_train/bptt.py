@@ -91,7 +91,7 @@ def bptt_gradients(
         config: schedule, damping and ``free_steps`` are read.
         steps: sweeps that are unrolled and differentiated.
         free_steps: sweeps run without a graph before them; by default as many as make ``config.free_steps`` in all.
-        states: where the relaxation starts; default zero.
+        states: where the relaxation starts; default: where ``config`` says.
 
     Returns:
         Gradients (parameters that the loss does not reach get zeros), the final states and the loss.
@@ -102,8 +102,10 @@ def bptt_gradients(
     start = [x, *(x.new_zeros(x.shape[0], *shape) for shape in network.shapes[1:])] if states is None else list(states)
     if before:
         with torch.no_grad():
-            run = replace(config, free_steps=before)
+            run = replace(config, free_steps=before, on_fail="ignore")  # it goes on below
             start = free_phase(network, parameters, x, run, states=None if states is None else start).states
+    elif states is None and config.start == "feedforward" and config.schedule != "sweep":
+        start = free_phase(network, parameters, x, RelaxConfig(free_steps=1)).states  # bottom-up, without feedback yet
     start = [s.to(x.dtype) for s in start]
     named = {name: t.detach().requires_grad_() for name, t in parameters.named().items()}
     leaves = Parameters.from_named(network, named)

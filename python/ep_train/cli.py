@@ -10,7 +10,7 @@ from typing import Literal
 
 import tyro
 
-from ep_kernels import BackendError
+from ep_kernels import BackendError, ConvergenceError
 
 from .check import CheckConfig, run_check
 from .checkpoint import CheckpointError
@@ -156,7 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 prog, start, description = "ep-train", started_from(arguments, TrainConfig()), DESCRIPTION
             config = tyro.cli(TrainConfig, prog=prog, args=arguments, default=start, description=description)
             summary, _ = train(config)
-    except (BackendError, CheckpointError, DataError, Diverged, OSError, RunFolderError, ValueError) as error:
+    except (
+        BackendError, CheckpointError, ConvergenceError, DataError, Diverged, OSError, RunFolderError, ValueError
+    ) as error:  # fmt: skip
         print(f"ep-train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # outside the training loop: nothing was learnt yet

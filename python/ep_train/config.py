@@ -144,7 +144,17 @@ class TrainConfig:
     warm_storage: Literal["float32", "float16"] = "float32"
     """Precision of the equilibria that a warm start keeps."""
     tol: float = 0.0
-    """Stop a relaxation early when every residual is at most this (0: never; else a GPU is waited for every batch)."""
+    """Stop a relaxation early when every residual is at most this (0: never)."""
+    on_fail: Literal["raise", "warn", "ignore"] = "warn"
+    """When a free phase ends above --tol: end the run, say so once, or nothing. With a --tol, all but ignore wait for
+    a GPU at every batch."""
+    start: Literal["zero", "feedforward"] = "zero"
+    """Where free phases start without a warm start: zero states, or a bottom-up pass without feedback (for even_odd and
+    sync; the first sweep of sweep is that already)."""
+    early_operands: Literal["none", "tf32", "float16", "bfloat16"] = "none"
+    """Precision of the operands of the first --early-steps sweeps of a free phase, before those of --operands."""
+    early_steps: int = 0
+    """How many sweeps those are; the last one is never among them."""
 
     epochs: int = 6
     """Passes over the training images."""
@@ -262,6 +272,12 @@ class TrainConfig:
             tol=self.tol,
             operands=_named("operands", OPERANDS, self.operands),
             storage=_named("storage", STORAGES, self.storage),
+            on_fail=self.on_fail,
+            start=self.start,
+            early_operands=None
+            if self.early_operands == "none"
+            else _named("early_operands", OPERANDS, self.early_operands),
+            early_steps=self.early_steps,
         )
 
 

@@ -16,12 +16,8 @@ import torch
 from torch import Tensor
 
 from ep_kernels import Network, Parameters, RelaxConfig, free_phase, reference
+from ep_kernels.convergence import allowed, proposals
 from ep_kernels.plan import update_order
-
-ENOUGH = 0.1  # a residual up to which the gradient is taken for good, when no tolerance is set (docs/concepts.md)
-AIM = 0.5  # spectral radius that a change is meant to reach
-MANY = 100  # more sweeps than this are not worth proposing
-FLOAT16 = 2e-3  # residuals that rounded states may keep: some times 5e-4, the last digit of one near 1
 
 
 @dataclass(frozen=True)
@@ -86,6 +82,7 @@ def diagnose(
     """
     if iterations < 2 or iterations % 2:
         raise ValueError(f"diagnose: argument 'iterations': expected an even number >= 2, got {iterations}")
+    config = replace(config, on_fail="ignore")  # what is wrong is what this finds out
     found = free_phase(network, parameters, x, config, states=states, keep=True)
     further = replace(config, free_steps=1, tol=0.0)
     after = free_phase(network, parameters, x, further, states=found.states, keep=True)
@@ -217,53 +214,25 @@ def advice(stability: Stability, config: RelaxConfig, network: Network) -> str |
     Returns:
         One line that names options of ``ep-train`` and numbers for them; or None.
     """
-    allowed = config.tol or ENOUGH
-    r, rho, k = stability.residual, stability.spectral_radius, network.feedback_gain
-    if r <= allowed:
+    goal, r, rho = allowed(config), stability.residual, stability.spectral_radius
+    if r <= goal:
         return None
     if not math.isfinite(r) or math.isnan(rho):
         return "the free phase has states that are not finite: lower --lr, --weight-gain or --feedback-gain"
     worst = 1 + max(range(len(stability.layer_residual)), key=lambda i: stability.layer_residual[i])
-    said = (
-        f"the free phase has not converged: residual {r:.1e} after {stability.steps} sweeps (allowed {allowed:.0e}), "
-        f"largest in layer {worst}; spectral radius {rho:.2f}"
+    changes = proposals(
+        network,
+        config,
+        residual=r,
+        rate=rho,
+        steps=stability.steps,
+        name=lambda field: f"--{field.replace('_', '-')}",
+        again="start again with a lower --weight-gain or more --weight-decay",
     )
-    if config.storage == torch.float16 and r <= FLOAT16 and rho < 1:
-        return f"{said}: states in float16 move by their last digit; raise --tol to {FLOAT16:g}"
-    changes = []
-    if config.schedule == "sync" and config.damping == 1:
-        descends = " (it cannot raise the energy)" if _descends(network) else ""
-        changes.append(f"use --schedule sweep{descends}")
-    sweeps = None
-    if 0 < rho < 1:
-        sweeps = stability.steps + math.ceil(math.log(allowed / r) / math.log(rho))
-        if sweeps <= MANY:
-            changes.append(f"raise --free-steps from {config.free_steps} to {sweeps}")
-    if rho >= AIM and (rho >= 1 or sweeps is None or sweeps > 2 * stability.steps):
-        # damping by eta makes an eigenvalue rho one of 1 - eta + eta rho
-        eta = config.damping
-        undamped = max((rho - (1 - eta)) / eta, 0.0)
-        if eta < 1 and undamped < 1:
-            changes.append(f"raise --damping from {eta:g} to 1 (the spectral radius is then about {undamped:.2g})")
-        if undamped >= AIM:
-            # the radius of a sweep in turn goes with k and with the weights' square; that of sync with its root. What
-            # over-relaxation, which follows k, makes of it is not in this
-            factor = AIM / undamped
-            gain = k * (factor**2 if config.schedule == "sync" else factor)
-            if f"{gain:.2g}" != f"{k:.2g}":
-                changes.append(f"lower --feedback-gain from {k:g} (try about {gain:.2g})")
-            again = "start again with a lower --weight-gain or more --weight-decay"
-            changes.append(f"or {again}" if changes else again)
-    if not changes:
-        changes.append(f"raise --free-steps from {config.free_steps} to {config.free_steps + 1}")
-    return f"{said}: {'; '.join(changes)}"
-
-
-def _descends(network: Network) -> bool:
-    """Updates in turn cannot raise the energy: there is one, and what is above max pooling is never negative, so that
-    fixed winners bound it from above."""
-    above = {conn.dst for conn in network.connections if conn.pool == "max" and conn.src}
-    return network.feedback == "tied" and all(network.box(node)[0] >= 0 for node in above)
+    return (
+        f"the free phase has not converged: residual {r:.1e} after {stability.steps} sweeps (allowed {goal:.0e}), "
+        f"largest in layer {worst}; spectral radius {rho:.2f}: {'; '.join(changes)}"
+    )
 
 
 def _finite(value: float) -> float | None:

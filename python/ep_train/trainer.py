@@ -125,6 +125,7 @@ class Trainer:
 
         Raises:
             Diverged: the loss is not finite or has run away (the summary is written first).
+            ConvergenceError: a free phase ended above ``tol``, with ``on_fail`` raise (likewise).
         """
         status, failure = "finished", None
         if self.device.type == "cuda":
@@ -163,7 +164,7 @@ class Trainer:
                 resumable = (folder.path / checkpoint.NAME).exists()
                 then = f"continue with: ep-train resume {folder.path}" if resumable else "nothing was kept"
                 progress.note(f"stopped after {where}; {then}")
-            except Diverged as error:
+            except (Diverged, ep_kernels.ConvergenceError) as error:
                 status, failure = "diverged", error
             summary = summarise(self, status)
             folder.write_summary(summary)

@@ -141,9 +141,10 @@ def problem(
 
 
 def at(states: Sequence[Tensor], winners: dict[int, Tensor] | None = None) -> Equilibrium:
-    """``states`` dressed up as an equilibrium with its winners."""
-    residual = states[0].new_zeros(len(states[0]))
-    return Equilibrium(list(states), list(states), {}, winners or {}, residual, residual[None], 1, False)
+    """``states`` dressed up as an equilibrium with its winners; of what network does not matter."""
+    residuals = states[0].new_zeros(1, len(states[0]))
+    network = next(iter(NETWORKS.values()))
+    return Equilibrium(list(states), list(states), {}, winners or {}, residuals, network, RelaxConfig(free_steps=1))
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -48,6 +48,21 @@ NET = NETWORKS["max"]
         ({"over_relaxation": NAN}, "a number in [1, 2)", "nan"),
         ({"tol": -1e-3}, "a finite number >= 0", "-0.001"),
         ({"tol": INF}, "a finite number >= 0", "inf"),
+        ({"tol": 10**400}, "a finite number >= 0", str(10**400)),
+        ({"beta": "0.1"}, "a finite number > 0", "'0.1'"),
+        ({"beta": True}, "a finite number > 0", "True"),
+        ({"free_steps": True}, "an integer >= 1", "True"),
+        ({"linear_nudge": 1}, "one of True, False", "1"),
+        ({"on_fail": "stop"}, "one of raise, warn, ignore", "'stop'"),
+        ({"start": "random"}, "one of zero, feedforward", "'random'"),
+        ({"early_operands": "bf16"}, "one of None, tf32, torch.float16, torch.bfloat16", "'bf16'"),
+        ({"early_steps": -1}, "an integer >= 0", "-1"),
+        ({"early_steps": 2}, "early_operands and early_steps > 0 together", "None and 2"),
+        (
+            {"on_fail": "raise"},
+            "a tol > 0 with 'raise' (with tol 0 convergence is not tested)",
+            "tol 0.0",
+        ),
     ],
 )
 def test_relax_config(change: dict[str, Any], expected: str, got: str) -> None:
@@ -62,6 +77,13 @@ def test_deltas_need_frozen_winners(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"argument 'winners': expected 'frozen' with .*, got 'live'"):
         RelaxConfig(winners="live", **change)
     assert RelaxConfig(winners="live", form="states").nudge_form == "states"
+
+
+def test_numbers_of_other_libraries() -> None:
+    numpy = pytest.importorskip("numpy")
+    config = RelaxConfig(free_steps=numpy.int64(3), beta=numpy.float32(0.5), tol=numpy.float64(0.25))
+    assert config == RelaxConfig(free_steps=3, beta=0.5, tol=0.25)
+    assert [type(v) for v in (config.free_steps, config.beta, config.tol)] == [int, float, float]
 
 
 def test_defaults_and_classical_settings() -> None:

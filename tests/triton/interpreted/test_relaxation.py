@@ -407,3 +407,12 @@ def test_an_empty_batch_launches_nothing() -> None:
     assert not runner._runners.items
     assert free.states[1].shape == (0, 3, 9, 7)
     assert all((g == 0).all() for g in found.named().values())
+
+
+@pytest.mark.parametrize("schedule", ["sweep", "even_odd"])
+def test_stages(schedule: str) -> None:
+    """A feed-forward start, a sweep with rounded operands, another from there; with what they take over."""
+    p = problem("top")
+    config = RelaxConfig(schedule, 2, start="feedforward", early_operands=torch.float16, early_steps=1)  # type: ignore[arg-type]
+    runs = [free_phase(p.network, p.parameters, p.x, config, keep=True, backend=on) for on in ("triton", "reference")]
+    same_free(*runs, tolerance=1e-3)
