@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
@@ -29,7 +28,6 @@ def proposals(
     residual: float,
     rate: float | None,
     steps: int,
-    name: Callable[[str], str] = str,
     again: str = AGAIN,
 ) -> list[str]:
     """Changes that should make the free phase converge, the first ones first; at least one.
@@ -38,41 +36,41 @@ def proposals(
         residual: finite, and above what is allowed.
         rate: factor by which a residual shrinks per sweep: seen, or the spectral radius. None: unknown.
         steps: sweeps that were run.
-        name: how a field of :class:`RelaxConfig` or :class:`Network` is called where the text is read.
-        again: the same for initial weights that are too large.
+        again: what to do about weights that are too large.
+
+    Returns:
+        Short texts with the names of :class:`RelaxConfig`'s and :class:`Network`'s fields.
     """
     goal, k = allowed(config), network.feedback_gain
-    longer = f"raise {name('free_steps')} from {config.free_steps} to"
+    longer = f"raise free_steps from {config.free_steps} to "
     if config.storage == torch.float16 and residual <= FLOAT16 and rate is not None and rate < 1:
-        return [f"states in float16 move by their last digit: raise {name('tol')} to {FLOAT16:g}"]
+        return [f"states in float16 move by their last digit: raise tol to {FLOAT16:g}"]
     changes = []
     if config.schedule == "sync" and config.damping == 1:
         descends = " (it cannot raise the energy)" if _descends(network) else ""
-        changes.append(f"use {name('schedule')} sweep{descends}")
+        changes.append(f"use schedule sweep{descends}")
     if rate is None:
-        return [*changes, f"{longer} {2 * config.free_steps}"]
+        return [*changes, f"{longer}{2 * config.free_steps}"]
     sweeps = None
     if 0 < rate < 1:
         sweeps = steps + math.ceil(math.log(goal / residual) / math.log(rate))
         if sweeps <= MANY:
-            changes.append(f"{longer} {max(sweeps, config.free_steps + 1)}")
+            changes.append(f"{longer}{max(sweeps, config.free_steps + 1)}")
     if rate >= AIM and (rate >= 1 or sweeps is None or sweeps > 2 * steps):
         # damping by eta makes an eigenvalue rho one of 1 - eta + eta rho
         eta = config.damping
         undamped = max((rate - (1 - eta)) / eta, 0.0)
         if eta < 1 and undamped < 1:
-            changes.append(
-                f"raise {name('damping')} from {eta:g} to 1 (the spectral radius is then about {undamped:.2g})"
-            )
+            changes.append(f"raise damping from {eta:g} to 1 (the spectral radius is then about {undamped:.2g})")
         if undamped >= AIM:
             # the radius of a sweep in turn goes with k and with the weights' square; that of sync with its root. What
             # over-relaxation, which follows k, makes of it is not in this
             factor = AIM / undamped
             gain = k * (factor**2 if config.schedule == "sync" else factor)
             if f"{gain:.2g}" != f"{k:.2g}":
-                changes.append(f"lower {name('feedback_gain')} from {k:g} (try about {gain:.2g})")
+                changes.append(f"lower feedback_gain from {k:g} (try about {gain:.2g})")
             changes.append(f"or {again}" if changes else again)
-    return changes or [f"{longer} {config.free_steps + 1}"]
+    return changes or [f"{longer}{config.free_steps + 1}"]
 
 
 def _descends(network: Network) -> bool:

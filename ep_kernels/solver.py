@@ -42,7 +42,10 @@ def free_phase(
     """Relax with beta = 0 from zero states, or from ``states``, for ``free_steps`` sweeps.
 
     Args:
+        network: what is relaxed.
+        parameters: its tensors.
         x: the clamped input, [B, C, H, W] or [B, F].
+        config: how; default: ``RelaxConfig()``.
         states: warm start, per node (index 0 is not read), in x's dtype or float16; the config's ``start`` is then not
             read.
         keep: keep what the nudged phases need (preactivations, up-to-date winners).

@@ -8,6 +8,7 @@ multiplied per sweep in the long run: below 1 the relaxation converges, and how 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor
 from ep_kernels import Network, Parameters, RelaxConfig, free_phase, reference
 from ep_kernels.convergence import allowed, proposals
 from ep_kernels.plan import update_order
+
+FIELDS = re.compile(r"\b(schedule|free_steps|damping|feedback_gain|tol)\b")  # named in advice; options have their names
 
 
 @dataclass(frozen=True)
@@ -226,12 +229,12 @@ def advice(stability: Stability, config: RelaxConfig, network: Network) -> str |
         residual=r,
         rate=rho,
         steps=stability.steps,
-        name=lambda field: f"--{field.replace('_', '-')}",
         again="start again with a lower --weight-gain or more --weight-decay",
     )
+    options = FIELDS.sub(lambda field: f"--{field[0].replace('_', '-')}", "; ".join(changes))
     return (
         f"the free phase has not converged: residual {r:.1e} after {stability.steps} sweeps (allowed {goal:.0e}), "
-        f"largest in layer {worst}; spectral radius {rho:.2f}: {'; '.join(changes)}"
+        f"largest in layer {worst}; spectral radius {rho:.2f}: {options}"
     )
 
 
