@@ -35,7 +35,7 @@ MEASURE = "images/s of the data pipeline, augmented / images/s of an EP training
 def cases(setting: Setting) -> list[Case]:
     """A case a network and batch."""
     models = setting.choose(setting.models, ("vgg8/4",), ("vgg8/4",), ("3p-4",))
-    batches = setting.choose(setting.batches, (32, 128), (256,), (4,))
+    batches = setting.choose(setting.batches, (32,), (256,), (4,))
     return [Case(f"{m}, batch {b}", partial(pipeline_rows, setting, m, b), 240.0) for m in models for b in batches]
 
 

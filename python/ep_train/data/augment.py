@@ -1,7 +1,6 @@
 """Augmentation of whole batches: what is random is given, so that it can be drawn per image on the host.
 
-Every function here is a handful of tensor operations, whatever the batch, on the device where the pixels are. Images
-are [B, H, W, C] and are copied as rows of W * C bytes, so that no operation runs over 3 channels at a time.
+Every function here is a handful of tensor operations, whatever the batch, on the device where the pixels are.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from torch.nn.functional import pad
 
 
 def augment(pixels: Tensor, padding: int, shifts: Tensor | None, mirror: Tensor | None) -> Tensor:
-    """Crop and mirror a batch; every image has its own crop.
+    """Crop and mirror a batch with one gather; every image has its own crop.
 
     Args:
         pixels: [B, H, W, C].
@@ -24,17 +23,18 @@ def augment(pixels: Tensor, padding: int, shifts: Tensor | None, mirror: Tensor 
         [B, H, W, C], of the same dtype.
     """
     count, height, width, channels = pixels.shape
-    if shifts is not None:
-        side = padding * channels
-        rows = pad(pixels.reshape(count, height, width * channels), (side, side, padding, padding))
-        windows = rows.unfold(1, height, 1).unfold(2, width * channels, channels)  # a view: [B, row, column, H, W * C]
-        each = torch.arange(count, device=pixels.device)
-        pixels = windows[each, shifts[:, 0], shifts[:, 1]].reshape(count, height, width, channels)
+    device = pixels.device
+    rows = torch.arange(height, device=device).expand(count, height)
+    columns = torch.arange(width, device=device).expand(count, width)
     if mirror is not None:
-        # as NCHW in channels_last memory, which torch.flip has a fast path for
-        mirrored = pixels.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)
-        pixels = torch.where(mirror[:, None, None, None], mirrored, pixels)
-    return pixels
+        columns = torch.where(mirror[:, None], width - 1 - columns, columns)
+    if shifts is not None:
+        pixels = pad(pixels, (0, 0, padding, padding, padding, padding))
+        rows, columns = rows + shifts[:, :1], columns + shifts[:, 1:]
+    padded_height, padded_width = pixels.shape[1:3]
+    first = torch.arange(count, device=device) * padded_height
+    source = (first[:, None] + rows)[:, :, None] * padded_width + columns[:, None, :]  # [B, H, W]
+    return pixels.reshape(-1, channels).index_select(0, source.reshape(-1)).view(count, height, width, channels)
 
 
 def cut_out(pixels: Tensor, side: int, centres: Tensor) -> Tensor:
@@ -49,10 +49,10 @@ def cut_out(pixels: Tensor, side: int, centres: Tensor) -> Tensor:
         uint8 [B, H, W, C].
     """
     count, height, width, channels = pixels.shape
-    outside = []
+    outside = []  # 0 inside the square; over rows of W * C values, not over 3 channels
     for axis, (length, repeats) in enumerate(((height, 1), (width, channels))):
         first = centres[:, axis, None] - side // 2
         place = torch.arange(length * repeats, device=pixels.device) // repeats
         outside.append(((place < first) | (place >= first + side)).to(torch.uint8))
-    keep = outside[0][:, :, None] | outside[1][:, None, :]  # 0 in the square: a product, several times masked_fill
+    keep = outside[0][:, :, None] | outside[1][:, None, :]
     return (pixels.reshape(count, height, width * channels) * keep).view(count, height, width, channels)
