@@ -4,6 +4,8 @@
 * A list may follow a paragraph without an empty line, and be nested by the width of its marker: Python-Markdown wants
   an empty line, and four spaces.
 * ``\\|`` in code within a table is a bar: Python-Markdown shows the backslash.
+* Words behind a fence's language (``gpu`` in ``python gpu``) are for the tests: Python-Markdown takes such a
+  block for text.
 * Pages named in ``nav`` that are not there yet are left out.
 """
 
@@ -20,6 +22,7 @@ log = logging.getLogger("mkdocs.hooks.github")
 
 FENCE = re.compile(r"^( *)(`{3,}|~{3,})")
 ITEM = re.compile(r"^( *)([*+-]|\d+[.)])( +)(?=\S)")
+WORDS = re.compile(r"^( *`{3,}\w+) [\w ]+$", re.M)
 # A code span is passed over; the text of a link may hold some.
 LINK = re.compile(r"(?P<ticks>`+)(?!`).*?(?<!`)(?P=ticks)(?!`)|(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)", re.S)
 
@@ -36,7 +39,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: object) -> str:
     root = Path(config["config_file_path"]).parent
     folder = posixpath.join(Path(config["docs_dir"]).relative_to(root).as_posix(), posixpath.dirname(page.file.src_uri))
     url = f"{config['repo_url'].rstrip('/')}/{{kind}}/{config['extra']['branch']}" if config["repo_url"] else None
-    return outside_code(lists(markdown), lambda text: bars(links(text, folder, root, url)))
+    return outside_code(lists(WORDS.sub(r"\1", markdown)), lambda text: bars(links(text, folder, root, url)))
 
 
 def present(nav: Any, docs: Path) -> Any:

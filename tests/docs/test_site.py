@@ -96,6 +96,13 @@ def test_tables_and_equations_are_readable(site: Path) -> None:
     assert html.count("<table>") >= 5
 
 
+def test_no_markdown_is_left(site: Path) -> None:
+    for path in site.glob("**/*.html"):
+        html = re.sub(r"<(pre|code|script)\b.*?</\1>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        shown = re.sub(r"<[^>]+>", "", html)
+        assert re.findall(r"```.*|\]\(.*|^\s*\|.*\|\s*$|\*\*.*", shown, re.MULTILINE) == [], path
+
+
 @pytest.mark.parametrize(
     ("link", "with_url", "without"),
     [
