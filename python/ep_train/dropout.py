@@ -134,7 +134,7 @@ class Dropout:
             dtype: of the parameters.
 
         Returns:
-            The masks: ``apply`` gives the thinned network's tensors, ``gradients`` brings theirs back.
+            Masks, whose ``apply`` gives the thinned network's tensors and whose ``gradients`` brings theirs back.
         """
         nodes = [i for i, rate in enumerate(self.rates) if rate > 0]
         sizes = [self.network.shapes[i][0] for i in nodes]

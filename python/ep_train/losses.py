@@ -104,6 +104,9 @@ class AugmentedLoss(nn.Module):
         Args:
             network: without local heads.
             classes: of the labels.
+            local: local errors, or none.
+            distillation: terms of a teacher, or none.
+            teacher: whose outputs those are; moved with the module, and never trained.
             seed: of the run: the initial maps are drawn from :func:`maps_seed` of it.
             dataset, augmented: whose training images the batches are, and whether those are cropped or mirrored; for
                 ``distillation.cache`` only.
@@ -154,6 +157,9 @@ class AugmentedLoss(nn.Module):
             labels: int64 [B].
             indices: int64 [B], the images' places in the training set: of a cache only. Without them (of test images)
                 the teacher runs.
+
+        Returns:
+            Per head [B, ...] in the dtype of ``images``: probabilities or values.
 
         Raises:
             ValueError: labels out of range.

@@ -189,6 +189,8 @@ def test_public_functions_document_their_arguments(module: ModuleType) -> None:
         lacking += [f"{name}: {argument}" for argument in signature.parameters if argument not in named]
         if signature.return_annotation not in (None, "None") and "\nReturns:\n" not in doc and name != "backend":
             lacking.append(f"{name}: what it returns")
+        if ": " in doc.partition("\nReturns:\n")[2].partition("\n\n")[0]:
+            lacking.append(f"{name}: what stands before a colon under Returns is taken for a type")
     assert lacking == []
 
 

@@ -140,7 +140,7 @@ def build_teacher(
             it reads batches as they come from the data pipeline, and must be given the same ones as a teacher.
 
     Returns:
-        The module: images [B, C, H, W] to logits [B, classes].
+        A module that makes logits [B, classes] of images [B, C, H, W].
 
     Raises:
         ValueError: an unknown name, or numbers that do not fit.
