@@ -116,7 +116,7 @@ def contrasted_states(equilibrium: Equilibrium, nudged: Nudged, node: int) -> Te
         node: from 1 on.
 
     Returns:
-        [2B, ...] in float32 or wider: +beta, then -beta (one-sided: the nudged phase, then the free one); of the
+        [2B, ...] in float32 or wider, +beta before -beta (one-sided, the nudged phase before the free one); of the
         tangent, where both are the free equilibrium, [B, ...] as it is stored.
 
     Raises:
