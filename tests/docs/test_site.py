@@ -44,27 +44,30 @@ def hook(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built once."""
+def test_the_site(tmp_path: Path) -> None:
+    """One test, as several processes run the tests, and each would build a site of its own (6 s)."""
     for package in SITE_PACKAGES:
         pytest.importorskip(package)
-    out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "DOCS_REPOSITORY": "https://example.org/owner/name"}
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     assert "WARNING" not in built.stderr
-    return out
+    every_page_is_built(tmp_path)
+    public_names_are_in_the_api(tmp_path)
+    nothing_is_loaded_from_elsewhere(tmp_path)
+    links_out_of_the_pages_lead_to_the_repository(tmp_path)
+    tables_and_equations_are_readable(tmp_path)
+    no_markdown_is_left(tmp_path)
 
 
-def test_every_page_is_built(site: Path) -> None:
+def every_page_is_built(site: Path) -> None:
     pages = [path.relative_to(ROOT / "docs").with_suffix(".html") for path in ROOT.glob("docs/**/*.md")]
     assert [str(page) for page in pages if not (site / page).is_file()] == []
     assert not (site / "hooks").exists()
 
 
-def test_public_names_are_in_the_api(site: Path) -> None:
+def public_names_are_in_the_api(site: Path) -> None:
     html = "".join(path.read_text(encoding="utf-8") for path in site.glob("api/*.html"))
     shown = set(re.findall(r'id="([\w.]+)"', html))
     names = [f"{module.__name__}.{name}" for module in (ep_kernels, ep_train) for name in module.__all__]
@@ -74,21 +77,21 @@ def test_public_names_are_in_the_api(site: Path) -> None:
     assert not re.search(r":(?:func|class|meth|mod|attr|data):", html)  # roles have become links
 
 
-def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
+def nothing_is_loaded_from_elsewhere(site: Path) -> None:
     for path in site.glob("**/*.html"):
         html = path.read_text(encoding="utf-8")
         loaded = re.findall(r"<(?:script|link|img|iframe)[^>]*?(?:src|href)=\"?(https?:[^\" >]+)", html)
         assert loaded == [], path
 
 
-def test_links_out_of_the_pages_lead_to_the_repository(site: Path) -> None:
+def links_out_of_the_pages_lead_to_the_repository(site: Path) -> None:
     html = (site / "concepts.html").read_text(encoding="utf-8")
     assert 'href="https://example.org/owner/name/blob/main/ep_kernels/plan.py"' in html
     html = (site / "performance.html").read_text(encoding="utf-8")
     assert 'href="https://example.org/owner/name/blob/main/CONTRIBUTING.md#how-results-are-measured"' in html
 
 
-def test_tables_and_equations_are_readable(site: Path) -> None:
+def tables_and_equations_are_readable(site: Path) -> None:
     html = (site / "concepts.html").read_text(encoding="utf-8")
     assert "<code>1/2 |z - t|^2</code>" in html
     equation = re.search(r"<pre><span></span><code>[^<]*E\(s\) = sum_l k\^l", re.sub(r"<a id[^>]*></a>", "", html))
@@ -96,7 +99,7 @@ def test_tables_and_equations_are_readable(site: Path) -> None:
     assert html.count("<table>") >= 5
 
 
-def test_no_markdown_is_left(site: Path) -> None:
+def no_markdown_is_left(site: Path) -> None:
     for path in site.glob("**/*.html"):
         html = re.sub(r"<(pre|code|script)\b.*?</\1>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
         shown = re.sub(r"<[^>]+>", "", html)
