@@ -6,6 +6,9 @@ import errno
 import fcntl
 import logging
 import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -109,8 +112,6 @@ def test_a_run_on_mapped_images(root: Path) -> None:
     assert trainer.train.normalise == trainer.test.normalise == "unit"
     images, _ = next(trainer.train.epoch(1))
     assert 0 <= float(images.min()) < 0.01 < 0.99 < float(images.max()) <= 1
-    standard = Trainer(TrainConfig(model="4p-4p", normalise="standard", quiet=True, device="cpu"))
-    assert standard.train.normalise == standard.test.normalise == "standard"
     given = Trainer(TrainConfig(model="4p-4p", normalise="standard", quiet=True), dataset=load_dataset("digits"))
     assert given.dataset.normalise == given.test.normalise == "standard"
 
@@ -243,6 +244,22 @@ def test_a_second_process_waits_and_reads(root: Path, monkeypatch: pytest.Monkey
     os.close(other)
     thread.join(20)
     same(found[0], expected)
+
+
+def test_a_killed_process_leaves_a_file_until_the_next_one_decodes(root: Path) -> None:
+    """A child that is killed by SIGKILL when the pixels have been written, before the file gets its name."""
+    child = (
+        "import os, signal, sys; from pathlib import Path; from ep_train.data import cache, load_dataset\n"
+        "cache._digest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "load_dataset('folder:' + sys.argv[1], cache_dir=Path(sys.argv[2]), data_cache='mmap')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", child, str(root), str(root.parent / "cache")], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = files(root)
+    assert left.name.startswith(".")
+    assert len(load(root, "mmap").train_labels) == 70
+    (path,) = files(root)
+    assert not path.name.startswith(".")
 
 
 def test_folders_that_cannot_be_locked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,8 @@ def write_cache(path: Path, key: str, images: Pixels, train: int) -> Statistics 
 def alone(folder: Path) -> Iterator[bool]:
     """One process at a time in here; True: another one was, so what it made may be there by now.
 
+    What killed processes left half-written is removed.
+
     Where folders cannot be locked, processes do the same work side by side, each in its own temporary file.
     """
     descriptor = None
@@ -168,6 +170,8 @@ def alone(folder: Path) -> Iterator[bool]:
             _log.info("another process decodes images into %s: waiting for it", folder)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             waited = True
+        for left in folder.glob(".*.tmp"):  # of nobody who is alive, who would hold the lock
+            left.unlink()
     except OSError as error:
         _log.debug("%s cannot be locked (%s)", folder, error)
     try:
