@@ -48,7 +48,7 @@ def test_the_site(tmp_path: Path) -> None:
     """One test, as several processes run the tests, and each would build a site of its own (6 s)."""
     for package in SITE_PACKAGES:
         pytest.importorskip(package)
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "DOCS_REPOSITORY": "https://example.org/owner/name"}
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
