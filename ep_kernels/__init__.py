@@ -7,6 +7,7 @@ from .contrasts import Nudged, contrast_gradients, contrasted_states, kolen_poll
 from .equilibrium import ConvergenceError, Equilibrium
 from .holomorphic import holomorphic_gradients
 from .network import Connection, Head, Network
+from .nn import EquilibriumNet
 from .parameters import Parameters
 from .plan import Plan, compile_plan
 from .solver import ep_gradients, free_phase, nudged_gradients, nudged_phase, readout, targets_for
@@ -18,6 +19,7 @@ __all__ = [
     "Connection",
     "ConvergenceError",
     "Equilibrium",
+    "EquilibriumNet",
     "Head",
     "Network",
     "Nudged",
