@@ -56,13 +56,18 @@ class ParameterHolder(nn.Module):
     """The parameters of a network, as ordinary torch parameters: for optimizers, ``state_dict`` and ``to``.
 
     Names: ``connections.0.weight``, ``connections.1.feedback``, ``nodes.1.bias``, ``heads.0.weight``, ``heads.0.bias``.
-    Weights of convolutions lie in channels_last memory.
 
     Args:
         tensors: by name, what :meth:`Parameters.shapes` asks for; they become the parameters.
+        memory_format: of the weights of convolutions.
     """
 
-    def __init__(self, network: Network, tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        network: Network,
+        tensors: dict[str, Tensor],
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
         super().__init__()
         self.network = network
         Parameters.from_named(network, tensors)  # checks names and shapes
@@ -74,7 +79,7 @@ class ParameterHolder(nn.Module):
                     holder.add_module(part, nn.Module())
                 holder = holder.get_submodule(part)  # type: ignore[assignment]
             if tensor.dim() == 4:
-                tensor = tensor.contiguous(memory_format=torch.channels_last)
+                tensor = tensor.contiguous(memory_format=memory_format)
             holder.register_parameter(leaf, nn.Parameter(tensor))
 
     def tensors(self) -> Parameters:

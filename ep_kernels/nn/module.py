@@ -226,8 +226,10 @@ class EquilibriumNet(ParameterHolder):
         if tuple(x.shape[1:]) != shape or x.dim() < 2:
             expected = ", ".join(map(str, shape))
             raise ValueError(f"EquilibriumNet: argument 'x': expected shape [B, {expected}], got {list(x.shape)}")
-        cast = x.dtype.is_floating_point and torch.is_autocast_enabled(x.device.type)
-        if (x.dtype != weight.dtype and not cast) or x.device != weight.device:
+        fits = x.device == weight.device
+        if fits and x.dtype != weight.dtype:
+            fits = x.dtype.is_floating_point and torch.is_autocast_enabled(x.device.type)
+        if not fits:
             raise ValueError(
                 f"EquilibriumNet: argument 'x': expected {weight.dtype} on {weight.device} (as the parameters), "
                 f"got {x.dtype} on {x.device}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from ep_kernels import Network
 from ep_kernels.architectures import architecture_of
 from ep_kernels.network import Feedback
@@ -101,7 +103,8 @@ class Model(ParameterHolder):
         seed: int = 0,
         loss: AugmentedLoss | None = None,
     ) -> None:
-        super().__init__(network, initial_parameters(network, weight_gain=weight_gain, seed=seed))
+        tensors = initial_parameters(network, weight_gain=weight_gain, seed=seed)
+        super().__init__(network, tensors, torch.channels_last)
         self.loss: AugmentedLoss | None = loss
 
     def forward(self, *_: object) -> None:
