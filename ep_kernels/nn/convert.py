@@ -88,6 +88,9 @@ def convert(
         if not isinstance(last[1], nn.Linear):
             _fail(*last, "a Linear at the end, the readout; readout='mse' makes the last states the outputs")
         parts.pop()
+    for name, part in [*parts, *([last] if last is not None else [])]:
+        if nn.utils.parametrize.is_parametrized(part):
+            _fail(name, part, "no parametrization (torch.nn.utils.parametrize.remove_parametrizations)")
     for name, part in parts:
         _read(chain, name, part)
     if not chain.layers:
@@ -96,6 +99,7 @@ def convert(
     top = len(chain.shapes) - 1
     head = Head(top, None, "mse")
     if last is not None and isinstance(last[1], nn.Linear):
+        _check_own(chain, *last)
         head = replace(Head(top, last[1].out_features), pool=chain.pooled)
         _check_features(chain, last[0], last[1], head.feature_shape(chain.shapes[top]))
     elif chain.pooled is not None:
@@ -111,7 +115,8 @@ def convert(
 
 
 def _leaves(module: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
+    for name, child in module._modules.items():  # named_children leaves out what comes a second time
+        assert child is not None
         if isinstance(child, nn.Sequential):
             yield from _leaves(child, f"{prefix}{name}.")
         else:
@@ -121,9 +126,11 @@ def _leaves(module: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.M
 def _read(chain: _Chain, name: str, part: nn.Module) -> None:
     if chain.pooled is not None and not isinstance(part, nn.Flatten):
         _fail(name, part, "a Flatten and the readout after AdaptiveAvgPool2d")
-    if isinstance(part, nn.Conv2d):
+    if type(part) is nn.Conv2d:
+        _check_own(chain, name, part)
         _convolution(chain, name, part)
-    elif isinstance(part, nn.Linear):
+    elif type(part) is nn.Linear:
+        _check_own(chain, name, part)
         _check_features(chain, name, part, chain.shapes[-1])
         chain.connections.append(Connection(len(chain.shapes) - 1, len(chain.shapes), None))
         chain.shapes.append((part.out_features,))
@@ -206,6 +213,11 @@ def _pooling(chain: _Chain, name: str, part: nn.MaxPool2d | nn.AvgPool2d) -> Non
     chain.fresh = False
 
 
+def _check_own(chain: _Chain, name: str, part: nn.Conv2d | nn.Linear) -> None:
+    if any(part.weight is layer.weight for layer in chain.layers):
+        _fail(name, part, "weights of its own, not those of an earlier layer")
+
+
 def _check_features(chain: _Chain, name: str, part: nn.Linear, shape: Shape) -> None:
     if len(shape) == 3 and not chain.flat:
         _fail(name, part, "an nn.Flatten between the last map and it")
@@ -229,4 +241,5 @@ def _copy(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> None:
 
 
 def _fail(name: str, part: nn.Module, expected: str) -> NoReturn:
-    raise ValueError(f"convert: argument 'module': at '{name}': expected {expected}, got {part}")
+    kind = type(part).__name__
+    raise ValueError(f"convert: argument 'module': at '{name}': expected {expected}, got {kind}({part.extra_repr()})")
