@@ -29,8 +29,8 @@ def equilibrium(
     """States of ``nodes``, differentiable in all tensors, and the residual of every sweep; arguments and shapes are
     those of :func:`ep_kernels.nn.phases.free_states`."""
     if torch.compiler.is_compiling():
-        states, _, trace = torch.ops.ep_kernels.equilibrium(x, weights, feedback, biases, key, backend, nodes, keep)
-        return states, trace
+        states, _, residuals = torch.ops.ep_kernels.equilibrium(x, weights, feedback, biases, key, backend, nodes, keep)
+        return states, residuals
     counts = (1, len(weights), len(feedback), len(biases))
     out = _Equilibrium.apply(key, backend, tuple(nodes), keep, counts, x, *weights, *feedback, *biases)  # type: ignore[no-untyped-call]
     return out[: len(nodes)], out[-1]
@@ -42,16 +42,16 @@ class _Equilibrium(torch.autograd.Function):
         key: str, backend: str, nodes: tuple[int, ...], keep: bool, counts: tuple[int, ...], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         (x,), weights, feedback, biases = _grouped(tensors, counts)
-        outputs, saved, trace = free_states(x, weights, feedback, biases, key, backend, list(nodes), keep)
-        return (*outputs, *saved, trace)
+        outputs, saved, residuals = free_states(x, weights, feedback, biases, key, backend, list(nodes), keep)
+        return (*outputs, *saved, residuals)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.key, ctx.backend, ctx.nodes, keep, counts, *tensors = inputs
-        *found, trace = output
+        *found, residuals = output
         saved = found[len(ctx.nodes) :]
         ctx.counts = (*counts, len(ctx.nodes), len(saved))
-        ctx.mark_non_differentiable(*saved, trace)
+        ctx.mark_non_differentiable(*saved, residuals)
         ctx.set_materialize_grads(False)
         if keep:
             ctx.save_for_backward(*tensors, *found)

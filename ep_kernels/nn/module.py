@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backends, reference
 from ..config import RelaxConfig
+from ..equilibrium import Equilibrium
 from ..network import Network
 from ..solver import ep_gradients, readout, targets_for
 from .equilibrium_op import equilibrium
@@ -64,7 +65,6 @@ class EquilibriumNet(ParameterHolder):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         drawn = initial_parameters(network, weight_gain=weight_gain, seed=seed, dtype=dtype)
         super().__init__(network, {name: t.to(device) for name, t in drawn.items()})
-        self._trace: Tensor | None = None
         self.config = config if config is not None else RelaxConfig()
 
     @property
@@ -77,6 +77,7 @@ class EquilibriumNet(ParameterHolder):
         if not isinstance(config, RelaxConfig):
             raise ValueError(f"EquilibriumNet: argument 'config': expected a RelaxConfig, got {type(config).__name__}")
         self._config = config
+        self._residuals: Tensor | None = None
         self._key = key_of(self.network, config)
 
     def forward(self, x: Tensor, *, heads: bool = False) -> Any:
@@ -139,33 +140,21 @@ class EquilibriumNet(ParameterHolder):
                     parameter.grad = laid_out_as(parameter, named[name])
                 else:
                     parameter.grad += named[name]
-        self._trace = free.trace
+        self._residuals = free.residuals
         return TrainStep(loss, outputs)
 
     @property
-    def trace(self) -> Tensor | None:
-        """Of the last free phase: the residual of every sweep that ran, [steps, B]. None before the first."""
-        if self._trace is None or self._config.tol == 0 or self._trace.numel() == 0:
-            return self._trace
-        return self._trace[: int((self._trace[:, 0] != -1).sum())]  # -1 marks what an early stop left out
+    def last(self) -> Equilibrium | None:
+        """What is known of the last free phase: ``residual``, ``steps``, ``converged``, ``message`` of an
+        :class:`ep_kernels.Equilibrium`, without its states. None before the first, and in copies."""
+        if self._residuals is None:
+            return None
+        return Equilibrium([], [], {}, {}, self._residuals, self.network, self._config)
 
     @property
     def residual(self) -> Tensor | None:
         """Of the last free phase: the residual of every sample, [B] (docs/concepts.md). None before the first."""
-        trace = self.trace
-        return None if trace is None else trace[-1]
-
-    @property
-    def steps(self) -> int | None:
-        """Sweeps of the last free phase. None before the first."""
-        trace = self.trace
-        return None if trace is None else trace.shape[0]
-
-    @property
-    def converged(self) -> bool | None:
-        """Whether the last free phase reached ``tol``; None before the first, and where ``tol`` is 0."""
-        residual = self.residual
-        return None if residual is None or self._config.tol == 0 else bool((residual <= self._config.tol).all())
+        return None if self.last is None else self.last.residual
 
     def extra_repr(self) -> str:
         """Shapes of the nodes, the feedback gain and the settings."""
@@ -173,7 +162,7 @@ class EquilibriumNet(ParameterHolder):
         return f"{shapes}, feedback_gain={self.network.feedback_gain:g}, config={self._config}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_trace": None}  # what a batch left is no part of a copy or a file
+        return {**self.__dict__, "_residuals": None}  # what a batch left is no part of a copy or a file
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -203,7 +192,7 @@ class EquilibriumNet(ParameterHolder):
         biases: Any = holders["nodes"]
         count = range(len(net.connections))
         of = [getattr(connections, str(c)) for c in count]
-        states, trace = equilibrium(
+        states, residuals = equilibrium(
             x,
             [holder.weight for holder in of],
             [holder.feedback for c, holder in zip(count, of, strict=True) if net.has_feedback_weight(c)],
@@ -213,7 +202,7 @@ class EquilibriumNet(ParameterHolder):
             nodes,
             keep,
         )
-        self._trace = trace.detach()
+        self._residuals = residuals.detach()
         return dict(zip(nodes, states, strict=True))
 
     def _check(self, x: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .. import reference
 from ..config import RelaxConfig
-from ..contrasts import Equilibrium, Nudged, contrast_gradients
+from ..contrasts import Nudged, contrast_gradients
+from ..equilibrium import Equilibrium
 from ..network import Connection, Head, Network
 from ..parameters import Parameters
 from ..precision import rounded
@@ -99,11 +100,7 @@ def free_states(
         saved += [dense(found.states[i]) for i in range(1, len(found.states)) if i not in nodes]
         saved += [dense(t) for t in found.preactivations[1:] if t is not None]
         saved += [dense(found.winners[c]) for c in dynamics.winners]
-    trace = found.trace
-    missing = dynamics.free.free_steps - trace.shape[0]
-    if missing > 0:
-        trace = torch.cat([trace, trace.new_full((missing, trace.shape[1]), -1.0)])
-    return outputs, saved, trace
+    return outputs, saved, found.residuals
 
 
 def state_gradients(
@@ -179,16 +176,8 @@ def _restored(
     states = [x, *(shown[i].to(stored) if i in shown else next(kept) for i in inner)]
     preactivations: list[Tensor | None] = [None, *(next(kept) for _ in inner)]
     winners = {c: next(kept) for c in dynamics.winners}
-    return Equilibrium(
-        states=states,
-        preactivations=preactivations,
-        drives={},
-        winners=winners,
-        residual=x.new_zeros(x.shape[0]),
-        trace=x.new_empty(0, x.shape[0]),
-        steps=dynamics.free.free_steps,
-        converged=None,
-    )
+    none = x.new_empty(0, x.shape[0])
+    return Equilibrium(states, preactivations, {}, winners, none, dynamics.network, dynamics.free)
 
 
 def _normalised(gradients: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import ep_kernels
-from ep_kernels import EquilibriumNet, Head, Network, RelaxConfig, backend, ep_gradients, targets_for
+from ep_kernels import ConvergenceError, EquilibriumNet, Head, Network, RelaxConfig, backend, ep_gradients, targets_for
 from ep_kernels.nn import initial_parameters
 from ep_train.models import Model
 
@@ -115,10 +115,12 @@ def test_a_pickle_runs_in_another_process(tmp_path: Any) -> None:
 def test_settings_may_change_between_batches() -> None:
     net, (x, _) = make(), batch()
     before = net(x)
-    assert net.steps == 4
+    assert net.last is not None
+    assert net.last.steps == 4
     net.config = replace(TANGENT, free_steps=9)
     after = net(x)
-    assert net.steps == 9
+    assert net.last is not None
+    assert net.last.steps == 9
     assert not torch.equal(before, after)
     after.sum().backward()
     with pytest.raises(ValueError, match="argument 'config': expected a RelaxConfig, got dict"):
@@ -372,23 +374,25 @@ def test_train_step_leaves_frozen_parameters_alone() -> None:
 
 def test_statistics_of_the_last_free_phase() -> None:
     net, (x, _) = make(), batch()
-    assert (net.residual, net.trace, net.steps, net.converged) == (None, None, None, None)
+    assert (net.residual, net.last) == (None, None)
     net(x)
     assert net.residual is not None
-    assert net.trace is not None
-    assert (net.residual.shape, net.trace.shape, net.converged) == ((6,), (4, 6), None)
+    assert net.last is not None
+    assert (net.residual.shape, net.last.trace.shape, net.last.converged) == ((6,), (4, 6), None)
     assert not net.residual.requires_grad
     net.config = replace(TANGENT, free_steps=50, tol=1e-3)
+    assert net.last is None
     with torch.no_grad():
         net(x)
-    assert net.steps is not None
-    assert 2 < net.steps < 50
-    assert net.converged
-    assert len(net.trace) == net.steps
-    assert float(net.residual.max()) <= 1e-3 < float(net.trace[-2].max())
-    net.config = replace(TANGENT, free_steps=2, tol=1e-9)
-    net(x)
-    assert (net.steps, net.converged) == (2, False)
+    assert net.last is not None
+    assert 2 < net.last.steps < 50
+    assert net.last.converged
+    assert float(net.last.residual.max()) <= 1e-3 < float(net.last.trace[-2].max())
+    assert net.last.message.startswith("converged: residual")
+    net.config = replace(TANGENT, free_steps=2, tol=1e-9, on_fail="raise")
+    for call in (net, lambda x: net.train_step(x, torch.zeros(6, dtype=torch.long))):
+        with pytest.raises(ConvergenceError, match=r"the free phase has not converged: .* raise free_steps"):
+            call(x)
 
 
 def test_memory_does_not_grow() -> None:
