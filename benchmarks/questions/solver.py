@@ -259,9 +259,9 @@ QUESTION = Question(
     lines,
     conditions=(
         f"random networks, k {GAIN:g}, 3x{SIZE}x{SIZE} random images, batch {BATCH}, T + {NUDGED} tangent sweeps "
-        "(sync: at least one a layer), float32; cosine: the smallest over the connections' weights to BPTT to convergence, "
-        "median of 5 networks; convolutions of the free phase, over the number of connections; times of the free phase "
-        f"of the first network; warm: from the equilibrium before {UPDATES} Adam steps (lr {LR:g}) on other images"
+        "(sync: at least one a layer), float32; cosine: the smallest over the connections' weights to BPTT to "
+        "convergence, median of 5 networks; convolutions are those of the free phase, per connection; times of the "
+        f"free phase of the first network; warm: from the equilibrium before {UPDATES} Adam steps (lr {LR:g}) on others"
     ),
     seconds={"cpu": 200.0},
 )
