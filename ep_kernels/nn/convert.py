@@ -99,7 +99,7 @@ def convert(
     top = len(chain.shapes) - 1
     head = Head(top, None, "mse")
     if last is not None and isinstance(last[1], nn.Linear):
-        _check_own(chain, *last)
+        _check_own(chain, last[0], last[1])
         head = replace(Head(top, last[1].out_features), pool=chain.pooled)
         _check_features(chain, last[0], last[1], head.feature_shape(chain.shapes[top]))
     elif chain.pooled is not None:

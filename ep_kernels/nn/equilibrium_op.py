@@ -32,7 +32,7 @@ def equilibrium(
         states, _, residuals = torch.ops.ep_kernels.equilibrium(x, weights, feedback, biases, key, backend, nodes, keep)
         return states, residuals
     counts = (1, len(weights), len(feedback), len(biases))
-    out = _Equilibrium.apply(key, backend, tuple(nodes), keep, counts, x, *weights, *feedback, *biases)  # type: ignore[no-untyped-call]
+    out = _Equilibrium.apply(key, backend, tuple(nodes), keep, counts, x, *weights, *feedback, *biases)
     return out[: len(nodes)], out[-1]
 
 
@@ -64,7 +64,7 @@ class _Equilibrium(torch.autograd.Function):
             return (None,) * (5 + len(needs))
         asked = bool(needs[0]), any(needs[1:])
         nodes = ctx.nodes, tuple(given)
-        found = _Gradients.apply(  # type: ignore[no-untyped-call]
+        found = _Gradients.apply(
             ctx.key, ctx.backend, *nodes, *asked, (*ctx.counts, len(given)), *ctx.saved_tensors, *given.values()
         )
         return (None,) * 5 + _placed(found, needs, *asked)
@@ -92,7 +92,8 @@ class _Gradients(torch.autograd.Function):
         counts: tuple[int, ...],
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        (x,), *groups = _grouped(tensors, counts)
+        (x,), weights, feedback, biases, outputs, saved, gradients = _grouped(tensors, counts)
+        groups = weights, feedback, biases, outputs, saved, gradients
         settings = key, backend, list(nodes), list(nudged_nodes), for_input, for_parameters
         return tuple(state_gradients(x, *groups, *settings))
 

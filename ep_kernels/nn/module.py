@@ -165,7 +165,7 @@ class EquilibriumNet(ParameterHolder):
         return {**self.__dict__, "_residuals": None}  # what a batch left is no part of a copy or a file
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._key = key_of(self.network, self._config)  # the process may be another one
 
     def _replicate_for_data_parallel(self) -> NoReturn:

@@ -19,10 +19,11 @@ from torch import Tensor
 
 import ep_kernels
 from ep_kernels import Network, Parameters, RelaxConfig
+from ep_kernels.nn import initial_parameters
 
 from . import device as devices
 from .bptt import bptt_gradients
-from .models import build_network, initial_parameters
+from .models import build_network
 from .run_folder import to_json
 
 
