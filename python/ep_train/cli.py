@@ -23,6 +23,7 @@ from .presets import PRESETS, preset
 from .recipes import RECIPES, write_recipe
 from .run_folder import RunFolderError
 from .runs import resume, train
+from .signals import PREEMPTED
 
 COMMANDS = ("train", "teacher", "check", "resume", "recipe")
 DESCRIPTION = """Train a convolutional network by Equilibrium Propagation.
@@ -32,8 +33,9 @@ folder of a run; other options change what they say.
 
 Other commands: `ep-train teacher` trains a teacher by backprop; `ep-train check` compares EP gradients with BPTT layer
 by layer; `ep-train resume DIR` continues a run that was stopped or killed; `ep-train recipe NAME` writes the
-configuration of a run on a GPU. A run folder holds config.json, metrics.jsonl, summary.json, curves.png, checkpoint.pt.
-Ctrl-C ends a run after the current batch and keeps what was learnt (exit code 130)."""
+configuration of a run on a GPU. A run folder holds config.json, metrics.jsonl, summary.json, curves.png,
+checkpoints/. Ctrl-C or SIGTERM ends a run after the current batch and keeps what was learnt (exit code 130); so does
+SIGUSR1, which batch systems send before they take a machine away (exit code 75)."""
 
 
 TEACHER_DESCRIPTION = """Train a teacher by ordinary backprop, on the data of its student: vgg11_bn, vgg13_bn, vgg16_bn
@@ -44,8 +46,8 @@ Options of relaxations have no meaning here; those of heads and distillation are
 
 @dataclass(frozen=True)
 class ResumeConfig:
-    """Continue a run from its last checkpoint, to the same numbers as if it had never stopped (bit for bit on the same
-    kind of device only)."""
+    """Continue a run from its newest good checkpoint, to the same numbers as if it had never stopped (bit for bit on
+    the same kind of device only)."""
 
     folder: tyro.conf.Positional[Path]
     """The run folder."""
@@ -121,7 +123,8 @@ def list_presets() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 failed, 2 bad arguments, 130 interrupted."""
+    """Entry point; returns the exit code: 0 done, 1 failed, 2 bad arguments, 75 stopped by SIGUSR1 (resume it), 130
+    stopped by SIGINT or SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
     if arguments and command == "train" and not arguments[0].startswith("-"):
@@ -164,7 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # outside the training loop: nothing was learnt yet
         print("ep-train: stopped by Ctrl-C", file=sys.stderr)
         return 130
-    return 130 if summary["status"] == "interrupted" else 0
+    if summary["status"] == "interrupted":
+        return 75 if summary.get("signal") == PREEMPTED else 130
+    return 0
 
 
 if __name__ == "__main__":

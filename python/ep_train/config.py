@@ -181,8 +181,17 @@ class TrainConfig:
     evaluate_steps: int | None = None
     """Sweeps of the free phase on test images (default: free_steps; 10 times as many with warm starts, which have gone
     on from earlier sweeps)."""
-    on_divergence: Literal["stop", "continue"] = "stop"
-    """When a batch's loss or gradient is not finite or the loss runs away: stop, or leave that batch out and go on."""
+    on_divergence: Literal["stop", "continue", "rollback"] = "stop"
+    """When a batch's loss or gradient is not finite or the loss runs away: stop, leave that batch out and go on, or go
+    back to the last good checkpoint with a lower learning rate."""
+    rollback_factor: float = 0.5
+    """What every rollback multiplies the learning rate by."""
+    max_rollbacks: int = 3
+    """So many at most; the run stops at the next divergence."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints within an epoch (0: only at its end, and when the run is stopped)."""
+    keep_checkpoints: int = 2
+    """So many of the newest checkpoints are kept."""
 
     seed: int = 0
     """Of the initial weights, the held-out images, the order of the batches and random signs."""
@@ -206,16 +215,20 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         positive = ("epochs", "batch_size", "lr", "width", "weight_gain", "evaluate_every", "local_pool")
-        for name in positive:
+        for name in (*positive, "keep_checkpoints"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"TrainConfig: argument '{name}': expected a finite number > 0, got {value!r}")
-        for name in ("weight_decay", "seed", "crop_padding", "cutout", "lr_min"):
+        for name in ("weight_decay", "seed", "crop_padding", "cutout", "lr_min", "checkpoint_every", "max_rollbacks"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"TrainConfig: argument '{name}': expected a finite number >= 0, got {value!r}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"TrainConfig: argument 'threads': expected an integer >= 1, got {self.threads}")
+        if not 0 < self.rollback_factor < 1:
+            raise ValueError(
+                f"TrainConfig: argument 'rollback_factor': expected a number in (0, 1), got {self.rollback_factor!r}"
+            )
         if self.lr_min > self.lr:
             raise ValueError(f"TrainConfig: argument 'lr_min': expected at most --lr {self.lr}, got {self.lr_min}")
         if self.evaluate_steps is not None and self.evaluate_steps < 1:

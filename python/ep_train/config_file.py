@@ -29,7 +29,7 @@ def config_from_json(path: Path, *, quiet: bool = False, complete: bool = True) 
     """
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable configuration: {error}") from error
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if not isinstance(values, dict):

@@ -6,7 +6,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .divergence import Diverged, broken, runaway
+import torch
+from torch import Tensor
+
+from .divergence import ADVICE, Diverged, Step, gradient_norm, keep, wrong
 from .learners import Batch
 from .progress import Progress
 from .step import StepResult, read
@@ -34,15 +37,30 @@ class Partial:
     skipped: int = 0
 
 
+@dataclass(frozen=True)
+class Unread:
+    """What a batch came to, perhaps still being computed."""
+
+    result: StepResult
+    gradient: Tensor
+    indices: Tensor
+
+
 def train_epoch(trainer: Trainer, progress: Progress) -> dict[str, Any]:
-    """Train on every batch once; returns the epoch's row of metrics (without the test accuracy)."""
+    """Train on every batch once; returns the epoch's row of metrics (without the test accuracy).
+
+    Raises:
+        Diverged: see :func:`~ep_train.divergence.wrong`; with "continue", more than half the batches were left out.
+        Stopped: a signal asked for it; every batch that was begun is counted in ``trainer.partial``.
+        CheckpointError: a checkpoint on the way cannot be written.
+    """
     config = trainer.config
     epoch = trainer.epoch + 1
     done = trainer.partial
     lenient = config.on_divergence == "continue"
     progress.start_epoch(epoch, len(trainer.train), completed=done.batches)
     began = time.perf_counter()
-    unread: list[tuple[StepResult, int]] = []  # with the number of images
+    unread: list[Unread] = []
 
     def show(batches: int, residual: float | None) -> None:
         nonlocal began
@@ -60,30 +78,33 @@ def train_epoch(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     for images, labels, indices in trainer.train.indexed(epoch, start=done.batches):
         if trainer.stop_asked:
             if unread:
-                show(len(unread), _add_up(trainer, unread))
+                show(len(unread), _add_up(trainer, unread, moved=1))
             raise Stopped
         buffers = [b.clone() for b in trainer.model.buffers()] if lenient else []
         result = trainer.learner.step(Batch(images, labels, indices, epoch, done.batches + len(unread)))
-        unread.append((result, len(labels)))
+        unread.append(Unread(result, gradient_norm(trainer.model), indices))
         count = len(unread)
-        due = lenient or trainer.device.type == "cpu" or time.perf_counter() - began >= READ_EVERY
-        if lenient and broken(trainer, result):
-            for buffer, before in zip(trainer.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-            unread.clear()
-            done.batches += 1
-            done.skipped += 1
-            if done.skipped > len(trainer.train) // 2:
-                raise Diverged(f"more than half of epoch {epoch} was left out: lower --lr or --feedback-gain")
-            trainer.scheduler.step()
-            continue
-        residual = _add_up(trainer, unread) if due else None
+        save = trainer.checkpoint_due(done.batches + count)
+        due = lenient or save or trainer.device.type == "cpu" or time.perf_counter() - began >= READ_EVERY
+        residual: float | None = None
+        if due:
+            try:
+                residual = _add_up(trainer, unread)
+            except Diverged as error:
+                if not lenient:
+                    raise
+                _leave_out(trainer, error, buffers)
+                unread.clear()
+                continue
         trainer.optimizer.step()
         trainer.scheduler.step()
         if due:
             show(count, residual)
+        if save:
+            trainer.save()
+            began = time.perf_counter()
     if unread:
-        show(len(unread), _add_up(trainer, unread))
+        show(len(unread), _add_up(trainer, unread, moved=1))
     if done.skipped:
         progress.note(
             f"epoch {epoch}: {done.skipped} of {len(trainer.train)} batches left out: the loss had run away, or it or "
@@ -104,23 +125,57 @@ def train_epoch(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         row["residual"] = done.residual_sum / done.seen
     if done.skipped:
         row["skipped_batches"] = done.skipped
+    if trainer.rollbacks:
+        row["rollbacks"] = trainer.rollbacks
     return row
 
 
-def _add_up(trainer: Trainer, unread: list[tuple[StepResult, int]]) -> float | None:
-    """Add batches to the epoch's sums and empty the list; returns the last one's residual.
+def _leave_out(trainer: Trainer, error: Diverged, buffers: list[Tensor]) -> None:
+    """Go on as if the batch had not been seen.
 
     Raises:
-        Diverged: at the first batch whose loss is not finite or has run away.
+        Diverged: this was more than half of the epoch.
+    """
+    done = trainer.partial
+    for buffer, before in zip(trainer.model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    if trainer.folder is not None:
+        keep(trainer, trainer.folder.path, error)
+    done.batches += 1
+    done.skipped += 1
+    if done.skipped > len(trainer.train) // 2:
+        raise Diverged(
+            f"more than half of epoch {trainer.epoch + 1} was left out: lower --lr or --feedback-gain"
+        ) from error
+    trainer.scheduler.step()
+
+
+def _add_up(trainer: Trainer, unread: list[Unread], *, moved: int = 0) -> float | None:
+    """Add batches to the epoch's sums and empty the list; returns the last one's residual.
+
+    Args:
+        moved: 1 if the optimizer has used the last batch's gradient.
+
+    Raises:
+        Diverged: at the first batch whose loss is not finite or has run away, or whose gradient is not finite.
     """
     done = trainer.partial
     residual: float | None = None
-    for (loss, correct, residual), (_, count) in zip(read([result for result, _ in unread]), unread, strict=True):
-        if not loss < runaway(trainer):
-            raise Diverged(
-                f"the loss became {loss:.3g} in epoch {trainer.epoch + 1} after {done.seen} images: lower --lr or "
-                "--feedback-gain, or raise --free-steps"
+    values = read([one.result for one in unread])
+    gradients = torch.stack([one.gradient for one in unread]).tolist()
+    for at, (one, (loss, correct, residual), gradient) in enumerate(zip(unread, values, gradients, strict=True)):
+        if what := wrong(trainer, loss, gradient):
+            step = Step(
+                number=trainer.step,
+                epoch=trainer.epoch + 1,
+                batch=done.batches,
+                indices=one.indices.tolist(),
+                loss=loss,
+                gradient=gradient,
+                later=len(unread) - 1 - at + moved,
             )
+            raise Diverged(f"{what} in epoch {step.epoch} after {done.seen} images: {ADVICE}", step)
+        count = len(one.indices)
         done.batches += 1
         done.seen += count
         done.loss_sum += loss * count

@@ -15,20 +15,33 @@ import dataclasses
 import datetime
 import enum
 import json
+import logging
 import math
 import os
 import re
-import tempfile
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from . import durable
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG, METRICS, SUMMARY, CURVES = "config.json", "metrics.jsonl", "summary.json", "curves.png"
 NONFINITE = "nonfinite"
 # What a run writes, and so all that overwrite=True removes.
-RUN_FILES = (CONFIG, METRICS, SUMMARY, CURVES, "checkpoint*.pt*")
+RUN_FILES = (CONFIG, METRICS, SUMMARY, CURVES, "checkpoint*.pt*", ".*.json*-*.tmp")
+RUN_FOLDERS = ("checkpoints", "diverged")  # of these, what begins with step-, refused-step- or .step-
 
 Row = dict[str, Any]
+
+_log = logging.getLogger(__name__)
+_in_use: set[Path] = set()  # by this process
 
 
 class RunFolderError(ValueError):
@@ -64,7 +77,7 @@ class RunFolder:
             dataset, model, method, seed: name the run; characters that are awkward in a file name
                 become "-".
             overwrite: use `out` though it is not empty: what an older run wrote there (`RUN_FILES`)
-                is removed, other files stay.
+                and in its `RUN_FOLDERS` is removed, other files stay.
             runs: parent of the default folder.
 
         Raises:
@@ -72,7 +85,14 @@ class RunFolder:
                 metrics yet (at most a config.json) counts as empty.
         """
         if out is not None:
-            return cls(_prepare(out, overwrite))
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                folder = cls(out)
+                with folder.in_use():
+                    _prepare(out, overwrite)
+            except OSError as error:  # FileExistsError when it is a file
+                raise RunFolderError(f"cannot use {out} as the run's folder: {error}") from error
+            return folder
         stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
         stem = "-".join(_slug(part) for part in (dataset, model, method, stamp, str(seed)))
         for attempt in range(1, 1000):
@@ -105,7 +125,7 @@ class RunFolder:
             rows = read_metrics(metrics)
             if before_epoch is not None:
                 rows = [row for row in rows if not _is_from(row, before_epoch)]
-            _write_atomically(metrics, "".join(_line(row) for row in rows))
+            durable.replace_text(metrics, "".join(_line(row) for row in rows))
         return cls(path)
 
     def write_config(self, config: Mapping[str, Any]) -> Path:
@@ -125,14 +145,53 @@ class RunFolder:
         return self._write(SUMMARY, summary)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append one row to metrics.jsonl as one line, and flush it to the file.
+        """Append one row to metrics.jsonl as one line, and bring it to the disk.
 
         Raises:
             TypeError: a value has no form in JSON (it is named); nothing is written.
+            RunFolderError: it cannot be written (no space left); the rows before it are as they were.
         """
-        line = _line(row)
-        with (self.path / METRICS).open("a", encoding="utf-8", newline="\n") as file:
-            file.write(line)
+        line = _line(row).encode()
+        path = self.path / METRICS
+        try:
+            with path.open("ab", buffering=0) as file:
+                before = file.seek(0, os.SEEK_END)
+                try:
+                    written = 0
+                    while written < len(line):
+                        written += file.write(line[written:])
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(before)  # no half of a line
+                    raise
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep other processes from running in the folder meanwhile, where the system can lock it.
+
+        Raises:
+            RunFolderError: another process runs in it.
+        """
+        here = self.path.resolve()
+        if fcntl is None or here in _in_use:
+            yield
+            return
+        folder = os.open(here, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                busy = f"{self.path}: another process is running in this folder: wait for its end, or stop it"
+                raise RunFolderError(busy) from error
+            except OSError as error:  # a file system without locks
+                _log.info("%s cannot be locked: %s", self.path, error)
+            _in_use.add(here)
+            yield
+        finally:
+            _in_use.discard(here)
+            os.close(folder)
 
     def read_metrics(self) -> list[Row]:
         """The rows written so far; see `read_metrics`."""
@@ -141,7 +200,11 @@ class RunFolder:
 
     def _write(self, name: str, values: Mapping[str, Any]) -> Path:
         path = self.path / name
-        _write_atomically(path, json.dumps(to_json(values), indent=2, allow_nan=False) + "\n")
+        text = json.dumps(to_json(values), indent=2, allow_nan=False) + "\n"
+        try:
+            durable.replace_text(path, text)
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
         return path
 
 
@@ -165,7 +228,7 @@ def read_metrics(path: Path) -> list[Row]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:  # UnicodeDecodeError is one too
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
             if number == len(lines):
                 break
             raise RunFolderError(f"{path}, line {number}: not JSON ({error})") from error
@@ -173,7 +236,7 @@ def read_metrics(path: Path) -> list[Row]:
             raise RunFolderError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
         try:
             rows.append(_restore(row))
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise RunFolderError(f"{path}, line {number}: its field {NONFINITE!r} does not fit ({error!r})") from error
     return rows
 
@@ -242,44 +305,25 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(to_json(row), allow_nan=False) + "\n"
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    """Replace a file by a new one that is on the disk in full."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the new name too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _prepare(out: Path, overwrite: bool) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        entries = {entry.name: entry for entry in out.iterdir()}
-        metrics = entries.get(METRICS)
-        unused = set(entries) <= {CONFIG, METRICS} and (metrics is None or metrics.stat().st_size == 0)
-        if not unused and not overwrite:
-            raise RunFolderError(
-                f"{out} is not empty ({', '.join(sorted(entries)[:5])}{', ...' if len(entries) > 5 else ''});"
-                " choose another folder, or pass --overwrite to replace the run in it"
-            )
-        for pattern in RUN_FILES:
-            for old in out.glob(pattern):
-                old.unlink()
-    except OSError as error:  # FileExistsError when it is a file
-        raise RunFolderError(f"cannot use {out} as the run's folder: {error}") from error
-    return out
+def _prepare(out: Path, overwrite: bool) -> None:
+    entries = {entry.name: entry for entry in out.iterdir()}
+    metrics = entries.get(METRICS)
+    torn = {entry.name for entry in out.glob(".*.tmp")}  # of a run that was killed
+    unused = set(entries) - torn <= {CONFIG, METRICS} and (metrics is None or metrics.stat().st_size == 0)
+    if not unused and not overwrite:
+        raise RunFolderError(
+            f"{out} is not empty ({', '.join(sorted(entries)[:5])}{', ...' if len(entries) > 5 else ''});"
+            " choose another folder, or pass --overwrite to replace the run in it"
+        )
+    for pattern in RUN_FILES:
+        for old in out.glob(pattern):
+            old.unlink()
+    for name in RUN_FOLDERS:
+        for old in list((out / name).iterdir()) if (out / name).is_dir() else ():
+            if re.match(r"(refused-|\.)?step-\d", old.name):
+                shutil.rmtree(old)
+        with suppress(OSError):  # not there, or not empty
+            (out / name).rmdir()
 
 
 def _slug(text: str) -> str:

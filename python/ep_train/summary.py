@@ -45,6 +45,7 @@ def summarise(trainer: Trainer, status: str) -> dict[str, Any]:
     images = trainer.epoch * trainer.train.images_per_epoch
     return {
         "status": status,
+        **({} if trainer.stop_signal is None else {"signal": trainer.stop_signal}),
         "test_accuracy": last.get("test_accuracy"),
         "best_test_accuracy": max(
             (row["test_accuracy"] for row in trainer.rows if row.get("test_accuracy") is not None), default=None

@@ -23,6 +23,7 @@ from .epoch import Partial, Stopped, train_epoch
 from .learners import NetworkLearner, make_learner
 from .optim import make_optimizer, make_scheduler
 from .progress import Progress
+from .rollback import go_back
 from .run_folder import RunFolder
 from .signals import stop_on_signals
 from .stability import advice, diagnose
@@ -83,6 +84,10 @@ class Trainer:
         self.epoch = 0  # finished ones
         self.partial = Partial()  # of the epoch after those
         self.stop_asked = False
+        self.stop_signal: str | None = None
+        self.rollbacks = 0  # of the run so far
+        self.folder: RunFolder | None = None  # while it runs
+        self._saved: tuple[RunFolder | None, int, int] | None = None
         self.seconds = 0.0  # of training itself, without evaluation
         self.rows: list[dict[str, Any]] = []
         self.came_from = devices.kind(self.device)  # where a resumed run was before
@@ -92,6 +97,31 @@ class Trainer:
     def train_epoch(self, progress: Progress) -> dict[str, Any]:
         """Train on every batch once; returns the epoch's row of metrics (without the test accuracy)."""
         return train_epoch(self, progress)
+
+    @property
+    def step(self) -> int:
+        """Finished steps of the run, over all epochs, with those that were left out."""
+        return self.epoch * len(self.train) + self.partial.batches
+
+    def checkpoint_due(self, batches: int) -> bool:
+        """Whether ``--checkpoint-every`` asks for one after so many batches of the epoch (its end always has one)."""
+        every = self.config.checkpoint_every
+        step = self.epoch * len(self.train) + batches
+        return every > 0 and step % every == 0 and batches < len(self.train)
+
+    def save(self) -> None:
+        """Write a checkpoint into the run's folder, unless the newest one is of this very step.
+
+        Raises:
+            Diverged: a weight is not finite; nothing is written.
+            CheckpointError: it cannot be written; those before it are as they were.
+        """
+        here = (self.folder, self.step, self.rollbacks)
+        if self.folder is None or here == self._saved:
+            return
+        check_weights(self)
+        checkpoint.save(self.folder.path, self.state(), keep=self.config.keep_checkpoints)
+        self._saved = here
 
     def evaluate(self) -> float:
         """Accuracy on the test images, at the free equilibrium."""
@@ -119,20 +149,24 @@ class Trainer:
     # ---- the run ----
 
     def run(self, folder: RunFolder) -> dict[str, Any]:
-        """Train to the last epoch, or until SIGINT or SIGTERM; returns the summary, which is also in the folder.
+        """Train to the last epoch, or until SIGINT, SIGTERM or SIGUSR1; returns the summary, also in the folder.
 
-        A signal ends the run after the batch that it fell into, with a checkpoint; a second one ends it at once.
+        A signal ends the run after the batch that it fell into, with a checkpoint; a further SIGINT ends it at once.
 
         Raises:
-            Diverged: the loss is not finite or has run away (the summary is written first).
+            Diverged: the loss, a gradient or a weight is not finite, or the loss has run away (the summary is written
+                first).
             ConvergenceError: a free phase ended above ``tol``, with ``on_fail`` raise (likewise).
+            CheckpointError, RunFolderError: a file cannot be written; the last good checkpoint is as it was.
         """
         status, failure = "finished", None
+        self.folder = folder
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with (
             _backend(self.config.backend),
             devices.in_force(self.device, tf32=self.config.operands == "tf32"),
+            folder.in_use(),
             stop_on_signals(self),
             Progress(self.config.epochs, quiet=self.config.quiet) as progress,
         ):
@@ -145,9 +179,15 @@ class Trainer:
             if self.epoch >= self.config.epochs:
                 progress.note(f"already finished after {self.epoch} epochs; resume with --epochs N to go on")
             try:
+                if self.config.on_divergence == "rollback" and not checkpoint.existing(folder.path):
+                    self.save()  # a place to go back to in the first epoch, too
                 while self.epoch < self.config.epochs:
-                    row = self.train_epoch(progress)
-                    check_weights(self)
+                    try:
+                        row = self.train_epoch(progress)
+                        check_weights(self)
+                    except Diverged as error:
+                        progress.note(go_back(self, folder, error))
+                        continue
                     row |= self.look(progress)
                     last = self.epoch == self.config.epochs
                     if last or self.epoch % self.config.evaluate_every == 0:
@@ -155,13 +195,16 @@ class Trainer:
                     progress.end_epoch(row)
                     self.rows.append(row)
                     folder.append_metrics(row)
-                    checkpoint.save(folder.path, self.state())
+                    self.save()
             except (Stopped, KeyboardInterrupt) as error:
                 status = "interrupted"
-                if isinstance(error, Stopped):  # between two batches: the weights are whole
-                    checkpoint.save(folder.path, self.state())
+                try:
+                    if isinstance(error, Stopped):  # between two batches: the weights are whole
+                        self.save()
+                except Diverged as found:
+                    status, failure = "diverged", found
                 where = f"{self.epoch} of {self.config.epochs} epochs and {self.partial.batches} batches"
-                resumable = (folder.path / checkpoint.NAME).exists()
+                resumable = checkpoint.existing(folder.path)
                 then = f"continue with: ep-train resume {folder.path}" if resumable else "nothing was kept"
                 progress.note(f"stopped after {where}; {then}")
             except (Diverged, ep_kernels.ConvergenceError) as error:
@@ -181,8 +224,10 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "step": self.step,
             "epoch": self.epoch,
             "seconds": self.seconds,
+            "rollbacks": self.rollbacks,
             "partial": dataclasses.asdict(self.partial),
             "device": devices.kind(self.device),
             **self.learner.state(),
@@ -200,9 +245,14 @@ class Trainer:
             self.scheduler.load_state_dict(state["scheduler"])
             self.epoch, self.seconds, self.rows = state["epoch"], state["seconds"], rows
             self.partial = Partial(**state["partial"])
+            self.rollbacks = int(state["rollbacks"])
             self.came_from = str(state["device"])
             self.learner.restore(state)
-        except (RuntimeError, TypeError, ValueError, KeyError) as error:  # torch's own, one for each kind of misfit
+            batches = len(self.train)
+            if not (0 <= self.partial.batches < batches and self.step == state["step"]):
+                raise ValueError(f"it is of step {state['step']}, here {self.step} with {batches} batches an epoch")
+            self._saved = (self.folder, self.step, self.rollbacks)
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise checkpoint.CheckpointError(f"the checkpoint does not fit config.json: {error}") from error
 
 

@@ -118,7 +118,7 @@ def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.Captur
         (["check", "--over-relaxation", "2.5"], "argument 'over_relaxation': expected a number in [1, 2), got 2.5"),
         ([*TINY, "--device", "cuda:99"], "TrainConfig: argument 'device': expected auto"),
         (["check", "--device", "cuda:99"], "CheckConfig: argument 'device': expected auto"),
-        (["resume", "/no/such/run"], "/no/such/run/checkpoint.pt: expected a checkpoint, got no such file"),
+        (["resume", "/no/such/run"], "/no/such/run/checkpoints: expected a checkpoint, got none (the first is"),
     ],
 )
 def test_failures_exit_with_1_and_a_line(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ep_kernels import BackendError, Network, RelaxConfig, targets_for
-from ep_train import TrainConfig, Trainer, device, divergence, epoch, learners, resume, step, train
+from ep_train import TrainConfig, Trainer, checkpoint, device, divergence, epoch, learners, resume, step, train
 from ep_train.check import CheckConfig, check_network, run_check
 from ep_train.cli import ResumeConfig
 from ep_train.data import Batches
@@ -139,10 +139,10 @@ def test_resuming_on_a_gpu_that_is_not_there_leaves_the_run_as_it_was(tmp_path: 
     _, path = train(replace(TINY, epochs=1, out=tmp_path / "run"))
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 2, "torn')
-    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    before = {file: file.read_bytes() for file in path.rglob("*.*") if file.is_file()}
     with pytest.raises(ValueError, match="argument 'device': expected auto or cpu"):
         resume(path, epochs=3, device="cuda", quiet=True)
-    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert {file: file.read_bytes() for file in path.rglob("*.*") if file.is_file()} == before
 
 
 # --- the same numbers -------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_auto_is_the_cpu_here(method: Any, tmp_path: Path) -> None:
     runs = [train(replace(TINY, method=method, device=name, out=tmp_path / name)) for name in ("auto", "cpu")]
     assert numbers(runs[0][1]) == numbers(runs[1][1])
     assert [summary["device"] for summary, _ in runs] == ["cpu", "cpu"]
-    states = [torch.load(path / "checkpoint.pt", weights_only=True)["model"] for _, path in runs]
+    states = [checkpoint.load(path)["model"] for _, path in runs]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -192,15 +192,20 @@ def read_late(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 def test_late_readings_still_find_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    later: list[int] = []
+
     def message(out: str) -> str:
         with pytest.raises(divergence.Diverged) as caught:
             train(replace(TINY, lr=1e6, optimizer="sgd", out=tmp_path / out))
-        assert not (tmp_path / out / "checkpoint.pt").exists()
-        return str(caught.value)
+        assert checkpoint.never_written(tmp_path / out)
+        report = json.loads((tmp_path / out / "diverged" / "step-00000001" / "report.json").read_text())
+        later.append(report["steps_since"])
+        return caught.value.args[0]
 
     at_once = message("at once")
     read_late(monkeypatch, math.inf)
     assert message("late") == at_once
+    assert later == [0, 7]
 
 
 def test_a_stop_reads_what_was_not_yet_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,11 +325,11 @@ def test_labels_on_a_gpu_are_checked_without_waiting(monkeypatch: pytest.MonkeyP
 
 def as_if_from_a_gpu(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write a checkpoint again, with every tensor marked as one that was in the memory of cuda:0."""
-    state = torch.load(path / "checkpoint.pt", weights_only=True)
+    state = checkpoint.load(path)
     state["device"] = "NVIDIA Test 9000"
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
-        torch.save(state, path / "checkpoint.pt")
+        checkpoint.save(path, state, keep=1)
 
 
 def test_a_run_from_a_gpu_goes_on_here(
@@ -336,14 +341,14 @@ def test_a_run_from_a_gpu_goes_on_here(
     as_if_from_a_gpu(path, monkeypatch)
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="CUDA"):
-            torch.load(path / "checkpoint.pt", weights_only=True)
+            torch.load(checkpoint.existing(path)[-1] / "state.pt", weights_only=True)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "device": "cuda"}))
     resume(path, epochs=2, device="cpu")
     assert "this run comes from another device (NVIDIA Test 9000): its numbers will be" in capsys.readouterr().out
     assert json.loads((path / "config.json").read_text())["device"] == "cpu"
     assert numbers(path) == numbers(whole)  # the weights were the CPU's own
-    assert torch.load(path / "checkpoint.pt", weights_only=True)["device"] == "cpu"
+    assert checkpoint.load(path)["device"] == "cpu"
     resume(path, epochs=3)
     assert "another device" not in capsys.readouterr().out
 
@@ -447,7 +452,7 @@ class TestOnAGpu:
         resume(path, epochs=2, quiet=True)
         _, whole = train(TrainConfig(epochs=2, device="cuda", quiet=True, out=tmp_path / "whole"))
         assert numbers(path) == numbers(whole)
-        ours, theirs = (torch.load(p / "checkpoint.pt", map_location="cpu", weights_only=True) for p in (path, whole))
+        ours, theirs = (checkpoint.load(p) for p in (path, whole))
         assert all(torch.equal(ours["model"][name], tensor) for name, tensor in theirs["model"].items())
 
     def test_goes_on_elsewhere_and_back(self, started: tuple[dict[str, Any], Path]) -> None:

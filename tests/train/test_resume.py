@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ep_train import TrainConfig, cli, resume, train
+from ep_train import TrainConfig, checkpoint, cli, resume, train
 from ep_train.run_folder import read_metrics
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
@@ -41,13 +42,13 @@ def start(out: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not checkpoint.existing(folder):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             out, err = process.communicate()
-            pytest.fail(f"{path.name} did not appear (exit code {process.returncode}):\n{out}{err}")
+            pytest.fail(f"no checkpoint in {folder} (exit code {process.returncode}):\n{out}{err}")
         time.sleep(0.005)
 
 
@@ -67,14 +68,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_same_end(path: Path, whole: Path) -> None:
     """Bit for bit: JSON holds every digit of a float."""
     assert numbers(path) == numbers(whole)
-    ours, theirs = (torch.load(p / "checkpoint.pt", weights_only=True) for p in (path, whole))
+    ours, theirs = (checkpoint.load(p) for p in (path, whole))
     assert all(torch.equal(ours["model"][name], tensor) for name, tensor in theirs["model"].items())
     assert json.loads((path / "summary.json").read_text())["status"] == "finished"
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, whole: Path) -> None:
     process = start(tmp_path / "run")
-    wait_for(tmp_path / "run" / "checkpoint.pt", process)
+    wait_for_checkpoint(tmp_path / "run", process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -87,20 +88,20 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, whole: Path) -
     assert_same_end(path, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_stopped_run_keeps_what_was_learnt(number: signal.Signals, tmp_path: Path, whole: Path) -> None:
     process = start(tmp_path / "run")
-    wait_for(tmp_path / "run" / "checkpoint.pt", process)
+    wait_for_checkpoint(tmp_path / "run", process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == (75 if number == signal.SIGUSR1 else 130), err
     assert "Traceback" not in err
     assert f"continue with: ep-train resume {tmp_path / 'run'}" in out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "interrupted"
+    assert (summary["status"], summary["signal"]) == ("interrupted", number.name)
     assert 1 <= summary["epochs"] < 4
     assert summary["test_accuracy"] is not None
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    state = checkpoint.load(tmp_path / "run")
     assert state["epoch"] == summary["epochs"] == len(read_metrics(tmp_path / "run"))
     assert (tmp_path / "run" / "curves.png").exists()
     assert cli.main(["resume", str(tmp_path / "run"), "--quiet"]) == 0
@@ -124,7 +125,7 @@ def test_a_run_stopped_in_its_first_epoch_resumes_in_the_middle_of_it(
     summary, path = train(TrainConfig(**OPTIONS, out=tmp_path / "run", quiet=True))
     assert (summary["status"], summary["epochs"]) == ("interrupted", 0)
     assert len(calls) == 30
-    assert torch.load(path / "checkpoint.pt", weights_only=True)["partial"]["batches"] == 30
+    assert checkpoint.load(path)["partial"]["batches"] == 30
     assert signal.getsignal(signal.SIGINT) is before
     resume(path, quiet=True)
     assert len(calls) == 4 * 80  # no batch twice
@@ -156,8 +157,10 @@ def damage_config(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("no folder", "checkpoint.pt: expected a checkpoint, got no such file"),
-        ("checkpoint", "checkpoint.pt: not a readable checkpoint: "),
+        ("no folder", "checkpoints: expected a checkpoint, got none"),
+        ("checkpoints", "checkpoints: no good checkpoint: "),
+        ("old", "checkpoint.pt: a checkpoint of ep-train 0.1.0, whose runs this version does not continue"),
+        ("gone", "checkpoints: expected a checkpoint, got none"),
         ("no config", "config.json: not a readable configuration: "),
         ("config", "config.json: not a readable configuration: "),
         ("unknown option", "config.json: not the configuration of this version of ep-train"),
@@ -176,8 +179,13 @@ def test_what_is_damaged_is_named(what: str, message: str, tmp_path: Path, capsy
     config = path / "config.json"
     if what == "no folder":
         path = tmp_path / "elsewhere"
-    elif what == "checkpoint":
-        (path / "checkpoint.pt").write_bytes(b"PK\x03\x04 torn")
+    elif what == "checkpoints":
+        for kept in checkpoint.existing(path):
+            (kept / "state.pt").write_bytes(b"PK\x03\x04 torn")
+    elif what in ("old", "gone"):
+        shutil.rmtree(path / "checkpoints")
+        if what == "old":
+            (path / "checkpoint.pt").touch()
     elif what == "no config":
         config.unlink()
     elif what == "config":

@@ -75,9 +75,15 @@ def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
     run.write_summary({})
     (tmp_path / "checkpoint.pt").write_bytes(b"old")
     (tmp_path / "checkpoint.pt.part").write_bytes(b"old")
+    (tmp_path / ".config.json-abc.tmp").write_bytes(b"torn")
+    for name in ("checkpoints/step-00000004", "checkpoints/.step-00000005-x.part", "diverged/step-00000007"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "weights.safetensors").write_bytes(b"old")
+    (tmp_path / "diverged" / "mine").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     make(tmp_path, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["diverged", "notes.txt"]
+    assert [path.name for path in (tmp_path / "diverged").iterdir()] == ["mine"]
 
 
 def test_file_in_the_way(tmp_path: Path) -> None:
@@ -240,7 +246,7 @@ def test_summary_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
         raise OSError("no space left on device")
 
     monkeypatch.setattr("ep_train.run_folder.os.fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(RunFolderError, match="no space"):
         run.write_summary({"test_accuracy": 0.9})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"test_accuracy": 0.5}
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]

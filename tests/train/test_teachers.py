@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import ep_train
+from ep_train import checkpoint
 from ep_train.data import Dataset, load_dataset
 from ep_train.step import predict
 from ep_train.teachers import TEACHERS, Normalisation, Teacher, build_teacher, load_teacher
@@ -197,7 +198,7 @@ def test_an_ep_run(readout: Any, tmp_path: Path) -> None:
     logits, features = teacher.outputs(x)
     trainer = ep_train.Trainer(ep_train.TrainConfig(model="4-4p", local_heads="1", readout=readout), dataset=data)
     model = trainer.learner.model
-    model.load_state_dict(torch.load(path / "checkpoint.pt", weights_only=True)["model"])
+    model.load_state_dict(checkpoint.load(path)["model"])
     torch.testing.assert_close(logits, predict(model, x, trainer.config.relax_config())[0])  # type: ignore[arg-type]
     assert {n: tuple(t.shape) for n, t in features.items()} == {"nodes.1": (3, 4, 8, 8), "nodes.2": (3, 4, 4, 4)}
     assert teacher.classes == 10
@@ -217,10 +218,9 @@ def test_an_ep_run(readout: Any, tmp_path: Path) -> None:
 
 def rewritten(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """A run folder whose checkpoint was changed."""
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state = checkpoint.load(folder)
     change(state)
-    torch.save(state, folder / "new.pt")
-    (folder / "new.pt").replace(folder / "checkpoint.pt")
+    checkpoint.save(folder, state)
     return folder
 
 
@@ -254,7 +254,7 @@ def test_a_run_by_backprop(tmp_path: Path) -> None:
         teacher = load_teacher(str(path), image_shape=data.image_shape, classes=10)
         config = ep_train.TrainConfig(model=model, width=0.25, method="backprop")
         learner = ep_train.Trainer(config, dataset=data).learner
-        learner.model.load_state_dict(torch.load(path / "checkpoint.pt", weights_only=True)["model"])
+        learner.model.load_state_dict(checkpoint.load(path)["model"])
         x = images(3, data.image_shape)
         torch.testing.assert_close(teacher.outputs(x)[0], learner.predict(x)[0].detach())
 

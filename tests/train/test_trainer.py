@@ -48,7 +48,7 @@ def test_a_run_folder_holds_everything(tmp_path: Path) -> None:
         "metrics.jsonl",
         "summary.json",
         "curves.png",
-        "checkpoint.pt",
+        "checkpoints",
     }
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [set(row) for row in rows] == [METRICS] * 2

@@ -166,9 +166,9 @@ def _run_folder(
     config_path = path / "config.json"
     try:
         values = json.loads(config_path.read_text())
-        stored = torch.load(path / checkpoint.NAME, weights_only=True, map_location="cpu", mmap=True)
+        stored = checkpoint.model_of(path)
         state = stored["model"]
-    except Exception as error:  # torch.load raises many kinds; each means the same here
+    except (OSError, ValueError) as error:  # CheckpointError, and of JSON
         raise ValueError(f"{WHERE}: {path} is not a run folder with a config.json and a checkpoint: {error}") from error
     reads = _trained_on(path, stored, image_shape, images, dataset)
     if not any(key.startswith("connections.") for key in state):

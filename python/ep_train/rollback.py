@@ -1,0 +1,51 @@
+"""Going back to the last good checkpoint after a divergence, with a lower learning rate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import checkpoint
+from .divergence import Diverged, keep
+from .run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+def go_back(trainer: Trainer, folder: RunFolder, error: Diverged) -> str:
+    """Keep the step that went wrong and, with ``--on-divergence rollback``, go on from the newest good checkpoint.
+
+    From there on every learning rate is ``rollback_factor`` times what it was, once more for each rollback; images come
+    in the same order. The run's n-th rollback is thus the same whether or not the run was killed and resumed between:
+    the count and the learning rates are in every checkpoint, and a run that is resumed from one before the divergence
+    diverges and goes back again.
+
+    Returns:
+        What happened, in a line.
+
+    Raises:
+        Diverged: ``error``, if the run stops at a divergence or has gone back ``max_rollbacks`` times.
+        CheckpointError: no checkpoint is good.
+    """
+    config = trainer.config
+    keep(trainer, folder.path, error)
+    if config.on_divergence != "rollback":
+        raise error
+    count = trainer.rollbacks + 1
+    if count > config.max_rollbacks:
+        error.args = (f"{error.args[0]} (given up after {trainer.rollbacks} rollbacks)",)
+        raise error
+    path, state = checkpoint.newest_good(folder.path)
+    checkpoint.set_aside(folder.path, path)
+    rows = RunFolder.resume(folder.path, before_epoch=state["epoch"] + 1).read_metrics()
+    trainer.restore(state, rows)
+    factor = config.rollback_factor ** (count - trainer.rollbacks)
+    trainer.rollbacks = count
+    for group in trainer.optimizer.param_groups:
+        group["lr"] *= factor
+        group["initial_lr"] *= factor
+    trainer.scheduler.base_lrs = [rate * factor for rate in trainer.scheduler.base_lrs]
+    return (
+        f"{error}; back to {path.name} with {config.rollback_factor**count:.3g} times the learning rate "
+        f"({count} of {config.max_rollbacks} rollbacks)"
+    )
