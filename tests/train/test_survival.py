@@ -1,0 +1,186 @@
+"""Runs that are killed at random moments, started twice or signalled twice, and long ones: nothing is lost or leaks."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import multiprocessing
+import os
+import random
+import signal
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ep_train import TrainConfig, Trainer, checkpoint, epoch, resume, train
+from ep_train.run_folder import RunFolder, RunFolderError, read_metrics
+from ep_train.signals import stop_on_signals
+from tests.core.threads import one_thread  # noqa: F401  (autouse)
+from tests.train.segment import go_on
+
+OPTIONS: dict[str, Any] = {
+    "model": "4p",
+    "train_limit": 200,
+    "test_limit": 20,
+    "batch_size": 5,
+    "epochs": 3,
+    "estimator": "random_sign",
+    "lr_schedule": "cosine",
+    "crop_padding": 1,
+    "checkpoint_every": 3,
+    "device": "cpu",
+}
+TINY = TrainConfig(model="4p", train_limit=100, test_limit=10, batch_size=10, epochs=2, device="cpu", quiet=True)
+KILLS = 20
+
+
+def numbers(path: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in {"seconds", "images_per_second"}} for row in read_metrics(path)]
+
+
+def assert_same(path: Path, whole: Path) -> None:
+    """Metrics and weights, bit for bit; every line once."""
+    assert numbers(path) == numbers(whole)
+    assert (path / "metrics.jsonl").read_bytes().count(b"\n") == len(numbers(whole))
+    ours, theirs = checkpoint.load(path), checkpoint.load(whole)
+    assert all(torch.equal(ours["model"][name], tensor) for name, tensor in theirs["model"].items())
+
+
+def test_killed_twenty_times_it_ends_as_if_it_never_was(tmp_path: Path) -> None:
+    """By SIGKILL: mostly while it trains or writes a checkpoint (every third step), sometimes while it starts."""
+    context = multiprocessing.get_context("forkserver")  # a new process in milliseconds: torch is imported once
+    context.set_forkserver_preload(["ep_train.cli", "sklearn.datasets", "matplotlib.figure"])
+    seconds = 0.0
+
+    def begin(path: Path) -> tuple[Any, Any]:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=go_on, args=(path, OPTIONS, theirs))
+        process.start()
+        theirs.close()
+        return process, ours
+
+    process, pipe = begin(tmp_path / "whole")
+    assert pipe.recv() == "training"
+    seconds = pipe.recv()
+    process.join()
+    assert process.exitcode == 0
+    path, moments, killed, steps = tmp_path / "run", random.Random(0), 0, []
+    while killed < KILLS:
+        process, pipe = begin(path)
+        if killed % 5 != 4:
+            assert pipe.recv() == "training"
+        process.join(moments.uniform(0, seconds / 12))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        killed += 1
+        found = checkpoint.existing(path)
+        steps.append(int(found[-1].name[5:13]) if found else 0)
+    else:
+        process, _ = begin(path)
+        process.join()
+    assert process.exitcode == 0
+    assert killed == KILLS, f"it had ended after {killed} kills"
+    assert steps == sorted(steps)
+    assert steps[-1] > 3  # it got somewhere between the kills
+    assert_same(path, tmp_path / "whole")
+    assert [place.name for place in (path / "checkpoints").iterdir() if not place.name.startswith("step-")] == []
+
+
+def test_steps_between_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    original = checkpoint.save
+
+    def save(folder: Path, state: dict[str, Any], **options: Any) -> Path:
+        saved.append(state["step"])
+        return original(folder, state, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    _, path = train(replace(TINY, checkpoint_every=4, keep_checkpoints=3, out=tmp_path / "run"))
+    assert saved == [4, 8, 10, 12, 16, 20]  # and at the end of every epoch
+    assert [place.name for place in checkpoint.existing(path)] == ["step-00000012", "step-00000016", "step-00000020"]
+    _, plain = train(replace(TINY, out=tmp_path / "plain"))
+    assert saved[6:] == [10, 20]
+    assert_same(path, plain)
+
+
+def test_a_run_without_a_checkpoint_starts_again(tmp_path: Path) -> None:
+    _, whole = train(replace(TINY, out=tmp_path / "whole"))
+    for rows in ("", '{"epoch": 1, "train_loss": 2.0}\n', '{"epo'):
+        path = tmp_path / f"run{len(rows)}"
+        path.mkdir()
+        (path / "metrics.jsonl").write_text(rows)
+        config = (whole / "config.json").read_text().replace(str(whole), str(path))
+        (path / "config.json").write_text(config)
+        resume(path, quiet=True)
+        assert_same(path, whole)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    _, path = train(replace(TINY, epochs=1, out=tmp_path / "run"))
+    before = {file: file.read_bytes() for file in path.rglob("*.*") if file.is_file()}
+    other = os.open(path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    for start in (
+        lambda: resume(path, epochs=2, quiet=True),
+        lambda: train(replace(TINY, out=path, overwrite=True)),
+    ):
+        with pytest.raises(RunFolderError, match="another process is running in this folder: wait for"):
+            start()
+    assert {file: file.read_bytes() for file in path.rglob("*.*") if file.is_file()} == before
+    os.close(other)
+    resume(path, epochs=2, quiet=True)
+    assert len(read_metrics(path)) == 2
+
+
+def test_signals_after_the_first() -> None:
+    trainer: Any = SimpleNamespace(stop_asked=False, stop_signal=None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    with stop_on_signals(trainer):
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):  # as a batch system sends them
+            signal.raise_signal(number)
+        assert (trainer.stop_asked, trainer.stop_signal) == (True, "SIGUSR1")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def tensors_alive() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())  # isinstance asks some things more
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_memory_of_a_thousand_steps_is_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten epochs of 100 steps, with evaluations and checkpoints. Between the third and the last: no tensor more, and
+    less than 2 MB (a leak of 3 kB a step)."""
+    found: list[tuple[int, int]] = []
+    original = epoch.train_epoch
+
+    def measured(trainer: Trainer, progress: Any) -> dict[str, Any]:
+        found.append((resident(), tensors_alive()))
+        return original(trainer, progress)
+
+    monkeypatch.setattr("ep_train.trainer.train_epoch", measured)
+    options = {**OPTIONS, "batch_size": 2, "epochs": 11, "checkpoint_every": 50}
+    summary, _ = train(TrainConfig(**options, out=tmp_path / "run", quiet=True))
+    assert summary["epochs"] == len(found) == 11
+    assert {count for _, count in found[2:]} == {found[2][1]}
+    assert found[-1][0] - found[2][0] < 2e6
+
+
+def test_the_folder_of_a_run_that_was_killed_while_it_began(tmp_path: Path) -> None:
+    (tmp_path / ".config.json-x1y2.tmp").write_text("{")
+    folder = RunFolder.create(tmp_path, dataset="d", model="m", method="ep", seed=0)
+    assert list(folder.path.iterdir()) == []
