@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,6 @@ RUNAWAY = 1e4
 FOLDER = "diverged"
 REPORT, WEIGHTS = "report.json", "weights.safetensors"
 MOST = 10  # steps that a run keeps
-ADVICE = "lower --lr or --feedback-gain, or raise --free-steps"
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,18 @@ def runaway(trainer: Trainer) -> float:
 
 
 def wrong(trainer: Trainer, loss: float, gradient: float) -> str | None:
-    """What is wrong with a step of this loss and norm of the gradient; None: nothing."""
+    """What is wrong with the next step, of this loss and norm of the gradient, and what to do; None: nothing."""
+    epoch, seen = trainer.epoch + 1, trainer.partial.seen
     if not loss < runaway(trainer):
-        return f"the loss became {loss:.3g}"
+        return (
+            f"the loss became {loss:.3g} in epoch {epoch} after {seen} images: lower --lr or --feedback-gain, or raise "
+            "--free-steps"
+        )
     if not math.isfinite(gradient):
-        return f"the gradient's norm became {gradient:.3g}"
+        return (
+            f"the gradient's norm became {gradient:.3g} in epoch {epoch} after {seen} images: lower --lr or "
+            "--feedback-gain, or raise --free-steps"
+        )
     return None
 
 
@@ -173,7 +179,7 @@ def layer_numbers(trainer: Trainer, step: Step | None) -> list[dict[str, Any]]:
     if trainer.config.method == "backprop":
         states = feedforward_states(network, tensors_, images)
     else:
-        relax = trainer.config.relax_config()
+        relax = replace(trainer.config.relax_config(), on_fail="ignore")
         states = free_phase(network, tensors_, images, relax, keep=True).states
         residuals = diagnose(network, tensors_, images, relax, iterations=2).layer_residual
         for row, residual in zip(layers, residuals, strict=False):

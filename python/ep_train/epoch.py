@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .divergence import ADVICE, Diverged, Step, gradient_norm, keep, wrong
+from .divergence import Diverged, Step, gradient_norm, keep, wrong
 from .learners import Batch
 from .progress import Progress
 from .step import StepResult, read
@@ -174,7 +174,7 @@ def _add_up(trainer: Trainer, unread: list[Unread], *, moved: int = 0) -> float 
                 gradient=gradient,
                 later=len(unread) - 1 - at + moved,
             )
-            raise Diverged(f"{what} in epoch {step.epoch} after {done.seen} images: {ADVICE}", step)
+            raise Diverged(what, step)
         count = len(one.indices)
         done.batches += 1
         done.seen += count
