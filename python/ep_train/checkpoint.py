@@ -21,6 +21,7 @@ import json
 import logging
 import re
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "seconds": (int, float),
     "partial": dict,
     "device": str,
+    "scheduled": bool,
 }
 
 _log = logging.getLogger(__name__)
@@ -57,10 +59,25 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another run, or cannot be written."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """A good checkpoint.
+
+    Attributes:
+        path: its folder. state: what it holds.
+        refused: newer ones, which are damaged.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    refused: list[Path]
+
+
 def save(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Path:
     """Write a checkpoint of a run, and remove all but the newest ``keep``; returns its folder.
 
-    A reader, or a crash, sees all of it or nothing. Checkpoints that are incomplete do not count among those kept.
+    A reader, or a crash, sees all of it or nothing. Checkpoints that are incomplete do not count among those kept, nor
+    do those that are not "scheduled" (a signal asked for them): of these only the newest checkpoint is kept.
 
     Args:
         folder: the run's.
@@ -87,6 +104,7 @@ def save(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Path:
                 "format": FORMAT,
                 "step": state["step"],
                 "epoch": state["epoch"],
+                "scheduled": state["scheduled"],
                 "files": files,
                 "versions": versions,
             }
@@ -103,17 +121,18 @@ def save(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Path:
 
 def load(folder: Path, *, mmap: bool = False) -> dict[str, Any]:
     """The newest good checkpoint of a run's folder: see :func:`newest_good`."""
-    return newest_good(folder, mmap=mmap)[1]
+    return newest_good(folder, mmap=mmap).state
 
 
-def newest_good(folder: Path, *, mmap: bool = False) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint of a run's folder that can be used, and its state in the memory of the CPU.
+def newest_good(folder: Path, *, mmap: bool = False, scheduled: bool = False) -> Found:
+    """The newest checkpoint of a run's folder that can be used, with its state in the memory of the CPU.
 
     One that is damaged is named in a warning of the log, with the reason, and the one before it is taken.
 
     Args:
         folder: the run's.
         mmap: leave tensors other than the model's in their file until they are read.
+        scheduled: only one that the run would also have if it had never been stopped.
 
     Raises:
         CheckpointError: there is none, or none is good.
@@ -127,17 +146,20 @@ def newest_good(folder: Path, *, mmap: bool = False) -> tuple[Path, dict[str, An
             )
         when = "the first is written after an epoch, after --checkpoint-every steps, or when a run is stopped"
         raise CheckpointError(f"{folder / FOLDER}: expected a checkpoint, got none ({when})")
-    reasons: list[str] = []
+    refused: dict[Path, str] = {}
     for path in reversed(found):
         try:
             state = read(path, mmap=mmap)
         except CheckpointError as error:
-            reasons.append(str(error))
+            refused[path] = str(error)
             continue
-        for reason in reasons:
+        if scheduled and not state["scheduled"]:
+            continue
+        for reason in refused.values():
             _log.warning("%s; using %s, which is older", reason, path.name)
-        return path, state
-    raise CheckpointError(f"{folder / FOLDER}: no good checkpoint: {'; '.join(reasons)}")
+        return Found(path, state, list(refused))
+    why = "; ".join(refused.values()) or "none was written at the end of an epoch or after --checkpoint-every steps"
+    raise CheckpointError(f"{folder / FOLDER}: no good checkpoint: {why}")
 
 
 def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
@@ -191,14 +213,13 @@ def never_written(folder: Path) -> bool:
     return not existing(folder) and next(refused, None) is None and not (folder / OLD).exists()
 
 
-def set_aside(folder: Path, used: Path) -> None:
-    """Rename the checkpoints that are newer than the one in use, which were refused: they are kept, and not read again.
+def set_aside(refused: list[Path]) -> None:
+    """Rename checkpoints that were refused: they are kept, and not read again.
 
     Raises:
         CheckpointError: they cannot be renamed.
     """
-    found = existing(folder)
-    for path in found[found.index(used) + 1 :]:
+    for path in refused:
         name, number = f"{REFUSED}{path.name}", 2
         while path.with_name(name).exists():
             name, number = f"{REFUSED}{path.name}.{number}", number + 1
@@ -252,15 +273,18 @@ def _parts(folder: Path) -> list[Path]:
 
 def _prune(folder: Path, keep: int) -> None:
     complete = 0
-    for path in reversed(existing(folder)):
-        if complete == keep:
+    for age, path in enumerate(reversed(existing(folder))):
+        try:
+            manifest = _manifest(path)
+            for name, entry in manifest["files"].items():
+                _check_size(path / name, entry["bytes"])
+            complete += manifest["scheduled"]
+            wanted = complete <= keep if manifest["scheduled"] else age == 0
+        except CheckpointError:
+            wanted = complete < keep
+        if not wanted:
             with suppress(OSError):  # what cannot be removed is only in excess
                 durable.remove_folder(path)
-            continue
-        with suppress(CheckpointError):
-            for name, entry in _manifest(path)["files"].items():
-                _check_size(path / name, entry["bytes"])
-            complete += 1
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -280,6 +304,8 @@ def _manifest(path: Path) -> dict[str, Any]:
         for entry in manifest["files"].values():
             if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
                 raise ValueError("expected a number of bytes and a SHA-256 for every file")
+        if not isinstance(manifest["scheduled"], bool):
+            raise ValueError(f"expected true or false for scheduled, got {manifest['scheduled']!r}")
         match = NAME.fullmatch(path.name)
         if match is None or manifest["step"] != int(match[1]):
             raise ValueError(f"it is of step {manifest['step']!r}")

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def go_back(trainer: Trainer, folder: RunFolder, error: Diverged) -> str:
-    """Keep the step that went wrong and, with ``--on-divergence rollback``, go on from the newest good checkpoint.
+    """Keep the step that went wrong and, with ``--on-divergence rollback``, go on from the newest good checkpoint that
+    was not written because of a signal.
 
     From there on every learning rate is ``rollback_factor`` times what it was, once more for each rollback; images come
     in the same order. The run's n-th rollback is thus the same whether or not the run was killed and resumed between:
@@ -35,10 +36,10 @@ def go_back(trainer: Trainer, folder: RunFolder, error: Diverged) -> str:
     if count > config.max_rollbacks:
         error.args = (f"{error.args[0]} (given up after {trainer.rollbacks} rollbacks)",)
         raise error
-    path, state = checkpoint.newest_good(folder.path)
-    checkpoint.set_aside(folder.path, path)
-    rows = RunFolder.resume(folder.path, before_epoch=state["epoch"] + 1).read_metrics()
-    trainer.restore(state, rows)
+    found = checkpoint.newest_good(folder.path, scheduled=True)
+    checkpoint.set_aside(found.refused)
+    rows = RunFolder.resume(folder.path, before_epoch=found.state["epoch"] + 1).read_metrics()
+    trainer.restore(found.state, rows)
     factor = config.rollback_factor ** (count - trainer.rollbacks)
     trainer.rollbacks = count
     for group in trainer.optimizer.param_groups:
@@ -46,6 +47,6 @@ def go_back(trainer: Trainer, folder: RunFolder, error: Diverged) -> str:
         group["initial_lr"] *= factor
     trainer.scheduler.base_lrs = [rate * factor for rate in trainer.scheduler.base_lrs]
     return (
-        f"{error}; back to {path.name} with {config.rollback_factor**count:.3g} times the learning rate "
+        f"{error}; back to {found.path.name} with {config.rollback_factor**count:.3g} times the learning rate "
         f"({count} of {config.max_rollbacks} rollbacks)"
     )

@@ -42,31 +42,31 @@ def resume(
         ValueError, BackendError: the device is not there, or the backend cannot run on it; nothing has been written.
     """
     with RunFolder(path).in_use() if path.is_dir() else nullcontext():
-        used, state = _where_it_stopped(path)
+        found = _where_it_stopped(path)
         config = config_from_json(path / CONFIG, quiet=quiet)
         if epochs is not None:
             config = dataclasses.replace(config, epochs=epochs)
         if device is not None:
             config = dataclasses.replace(config, device=device)
         trainer = Trainer(config)
-        folder = RunFolder.resume(path, before_epoch=state["epoch"] + 1 if used else 1)
-        if used:
-            checkpoint.set_aside(path, used)
+        folder = RunFolder.resume(path, before_epoch=1 if found is None else found.state["epoch"] + 1)
+        if found is not None:
+            checkpoint.set_aside(found.refused)
         if epochs is not None or device is not None:
             folder.write_config(dataclasses.asdict(config))
         trainer.folder = folder
-        if used:
-            trainer.restore(state, folder.read_metrics())
+        if found is not None:
+            trainer.restore(found.state, folder.read_metrics())
         return trainer.run(folder), folder.path
 
 
-def _where_it_stopped(path: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to go on from and its state; None and nothing where none has been written yet.
+def _where_it_stopped(path: Path) -> checkpoint.Found | None:
+    """The checkpoint to go on from; None where none has been written yet.
 
     Raises:
         CheckpointError: there is no run, none of its checkpoints is good, or they are gone.
     """
     # the first row may be there already: it is written just before the first checkpoint
     if (path / CONFIG).is_file() and checkpoint.never_written(path) and len(RunFolder(path).read_metrics()) <= 1:
-        return None, {}
+        return None
     return checkpoint.newest_good(path)

@@ -225,6 +225,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "step": self.step,
+            "scheduled": self.partial.batches == 0 or self.checkpoint_due(self.partial.batches),
             "epoch": self.epoch,
             "seconds": self.seconds,
             "rollbacks": self.rollbacks,

