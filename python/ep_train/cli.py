@@ -1,4 +1,4 @@
-"""The command ``ep-train``: train (the default), ``teacher``, ``check`` gradients, ``resume`` a run, ``recipe``."""
+"""The command ``ep-train``: train (the default), ``teacher``, ``check``, ``resume``, ``recipe``, and the tools."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from ep_kernels import BackendError, ConvergenceError
 
 from .check import CheckConfig, run_check
 from .checkpoint import CheckpointError
+from .commands import TOOLS
 from .config import TrainConfig
 from .config_file import config_from_json
 from .data import DataError
 from .device import check_name
 from .divergence import Diverged
+from .extras import MissingExtra
 from .presets import PRESETS, preset
 from .recipes import RECIPES, write_recipe
 from .run_folder import RunFolderError
 from .runs import resume, train
 from .signals import PREEMPTED
 
-COMMANDS = ("train", "teacher", "check", "resume", "recipe")
+COMMANDS = ("train", "teacher", "check", "resume", "recipe", *TOOLS)
 DESCRIPTION = """Train a convolutional network by Equilibrium Propagation.
 
 `--preset NAME` starts from a published recipe (`--preset list` shows them), `--config FILE` from a config.json or the
@@ -33,9 +35,12 @@ folder of a run; other options change what they say.
 
 Other commands: `ep-train teacher` trains a teacher by backprop; `ep-train check` compares EP gradients with BPTT layer
 by layer; `ep-train resume DIR` continues a run that was stopped or killed; `ep-train recipe NAME` writes the
-configuration of a run on a GPU. A run folder holds config.json, metrics.jsonl, summary.json, curves.png,
-checkpoints/. Ctrl-C or SIGTERM ends a run after the current batch and keeps what was learnt (exit code 130); so does
-SIGUSR1, which batch systems send before they take a machine away (exit code 75)."""
+configuration of a run on a GPU; `ep-train eval RUN` says how well a run's network does, `predict RUN FILES` what images
+show, `export RUN` writes it for use elsewhere, `plot RUN...` compares runs.
+
+A run folder holds config.json, metrics.jsonl, summary.json, curves.png, checkpoints/. Ctrl-C or SIGTERM ends a run after
+the current batch and keeps what was learnt (exit code 130); so does SIGUSR1, which batch systems send before they take
+a machine away (exit code 75)."""
 
 
 TEACHER_DESCRIPTION = """Train a teacher by ordinary backprop, on the data of its student: vgg11_bn, vgg13_bn, vgg16_bn
@@ -135,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "check":
             check = tyro.cli(CheckConfig, prog="ep-train check", args=arguments)
             return run_check(check)
+        if command in TOOLS:
+            options, run = TOOLS[command]
+            return run(tyro.cli(options, prog=f"ep-train {command}", args=arguments))
         if command == "resume":
             chosen = tyro.cli(ResumeConfig, prog="ep-train resume", args=arguments)
             summary, _ = resume(chosen.folder, epochs=chosen.epochs, device=chosen.device, quiet=chosen.quiet)
@@ -160,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = tyro.cli(TrainConfig, prog=prog, args=arguments, default=start, description=description)
             summary, _ = train(config)
     except (
-        BackendError, CheckpointError, ConvergenceError, DataError, Diverged, OSError, RunFolderError, ValueError
+        BackendError, CheckpointError, ConvergenceError, DataError, Diverged, MissingExtra, OSError, RunFolderError,
+        ValueError,
     ) as error:  # fmt: skip
         print(f"ep-train: {error}", file=sys.stderr)
         return 1

@@ -205,6 +205,11 @@ class TrainConfig:
     """Precision of the states in memory."""
     threads: int | None = None
     """CPU threads (default: torch's)."""
+    tensorboard: bool = False
+    """Write TensorBoard events into tensorboard/ in the run folder: every metric, and histograms of the states."""
+    probe_gradient: int = 0
+    """Every so many epochs, the cosine of EP's gradient to the true one on 8 test images, per tensor (0: never). It
+    takes as long as a few training batches on small networks and some hundred sweeps of 8 images on any."""
     out: Path | None = None
     """Run folder (default: runs/<dataset>-<model>-<method>-<time>-<seed>)."""
     overwrite: bool = False
@@ -219,7 +224,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"TrainConfig: argument '{name}': expected a finite number > 0, got {value!r}")
-        for name in ("weight_decay", "seed", "crop_padding", "cutout", "lr_min", "checkpoint_every", "max_rollbacks"):
+        counts = ("crop_padding", "cutout", "checkpoint_every", "max_rollbacks", "probe_gradient")
+        for name in ("weight_decay", "seed", "lr_min", *counts):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"TrainConfig: argument '{name}': expected a finite number >= 0, got {value!r}")
@@ -250,7 +256,12 @@ class TrainConfig:
                 "TrainConfig: argument 'warm_start': expected no augmentation (an image's last equilibrium is that of "
                 "another picture)"
             )
-        for name, given in (("feedback", self.feedback != "tied"), ("warm_start", self.warm_start)):
+        of_ep = {
+            "feedback": self.feedback != "tied",
+            "warm_start": self.warm_start,
+            "probe_gradient": self.probe_gradient,
+        }
+        for name, given in of_ep.items():
             if self.method != "ep" and given:
                 raise ValueError(f"TrainConfig: argument '{name}': expected --method ep with it, got {self.method}")
         check_name(self.device, "TrainConfig")

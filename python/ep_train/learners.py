@@ -11,12 +11,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+import ep_kernels
 from ep_kernels import Network
 
 from .config import STORAGES, TrainConfig
 from .data import Dataset
 from .distill import Distillation
 from .dropout import Dropout
+from .feedforward import feedforward_states
 from .losses import AugmentedLoss, LocalErrors
 from .models import Model, build_network
 from .step import (
@@ -187,6 +189,14 @@ class NetworkLearner:
             return predict_feedforward(self.model, images), None
         return predict(self.model, images, self.config.evaluation_config())
 
+    @torch.no_grad()
+    def states(self, images: Tensor) -> list[Tensor]:
+        """Of every node, where :meth:`predict` ends; the images come first."""
+        network, tensors = self.network, self.model.tensors()
+        if self.config.method == "backprop":
+            return feedforward_states(network, tensors, images)
+        return ep_kernels.free_phase(network, tensors, images, self.config.evaluation_config()).states
+
     def state(self) -> dict[str, Any]:
         """What it was trained on, which teacher it has, and the kept equilibria of a warm start."""
         teacher = self.loss.teacher
@@ -291,6 +301,7 @@ def _trained_on(dataset: Dataset) -> dict[str, Any]:
         "normalisation": {"mean": list(images.mean), "std": list(images.std)},
         "dataset": dataset.name,
         "image_shape": list(dataset.image_shape),
+        "class_names": list(dataset.class_names),
     }
 
 

@@ -1,9 +1,10 @@
-"""What a training run shows: a bar while an epoch runs, and one line when it is over."""
+"""What a training run shows: bars for the epoch and the run, and one line when an epoch is over."""
 
 from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 class Progress:
     """Context manager around a run's epochs.
 
-    On a terminal, a bar for the running epoch and one line for each finished one; elsewhere (pipe,
-    file, CI) only the lines; with `quiet`, nothing.
+    On a terminal, a bar for the running epoch, one for the run, and one line for each finished epoch; elsewhere (pipe,
+    file, CI) only the lines; with `quiet`, nothing. Bars say how long is left, of the epoch and of the run, and lines
+    that of the run (ETA): by the pace since this process began its first epoch, evaluations included.
 
     >>> with Progress(epochs=1, quiet=True) as progress:
     ...     progress.start_epoch(1, total_batches=10)
@@ -26,14 +28,21 @@ class Progress:
     """
 
     def __init__(
-        self, epochs: int | None = None, *, quiet: bool = False, stream: TextIO | None = None, bar: bool | None = None
+        self,
+        epochs: int | None = None,
+        *,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+        bar: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
-            epochs: how many there will be, for "3/20"; None: only "3".
+            epochs: how many there will be, for "3/20" and the ETA; None: only "3".
             quiet: show nothing.
             stream: where to write; default: the standard output at the time of each line.
             bar: show the bar; default: when `stream` is a terminal and rich can be imported.
+            clock: the time, in seconds.
         """
         self._epochs = epochs
         self._quiet = quiet
@@ -41,6 +50,10 @@ class Progress:
         self._want_bar = bar
         self._rich: RichProgress | None = None
         self._task: TaskID | None = None
+        self._run: TaskID | None = None
+        self._clock = clock
+        self._began: tuple[float, int] | None = None  # when, and with how many batches of the run behind it
+        self._done = self._per_epoch = 0  # batches: of the run so far, and of an epoch
 
     def __enter__(self) -> Progress:
         stream = self._output()
@@ -56,6 +69,9 @@ class Progress:
     ) -> None:
         if self._rich is not None:
             self._remove_task()
+            if self._run is not None:
+                self._rich.remove_task(self._run)
+                self._run = None
             self._rich.stop()
             self._rich = None
 
@@ -67,10 +83,17 @@ class Progress:
             total_batches: how many `update` calls make it complete.
             completed: how many of them a resumed run has behind it.
         """
+        self._done, self._per_epoch = (epoch - 1) * total_batches + completed, total_batches
+        if self._began is None:
+            self._began = self._clock(), self._done
         if self._rich is not None:
             self._remove_task()
             title = f"epoch {_epoch(epoch, self._epochs)}"
-            self._task = self._rich.add_task(title, total=total_batches, completed=completed, values="")
+            self._task = self._rich.add_task(title, total=total_batches, completed=completed, values="", left="")
+            if self._epochs is not None and self._run is None:
+                total = self._epochs * total_batches
+                self._run = self._rich.add_task("run", total=total, completed=self._done, values="", left="")
+            self._show_left()
 
     def update(
         self,
@@ -88,10 +111,22 @@ class Progress:
             accuracy: a fraction, 0..1.
             batches: how many batches this call stands for.
         """
+        self._done += batches
         if self._rich is None or self._task is None:
             return
         values = {"loss": loss, "accuracy": accuracy, "residual": residual, "images_per_second": images_per_second}
         self._rich.update(self._task, advance=batches, values="  ".join(_parts(values)))
+        self._show_left()
+
+    def eta(self) -> float | None:
+        """Seconds to the end of the last epoch; None before anything has been timed, or without a number of epochs."""
+        return None if self._epochs is None else self._time_for(self._epochs * self._per_epoch - self._done)
+
+    def _time_for(self, batches: int) -> float | None:
+        """Seconds that so many more batches take, with their share of the evaluations."""
+        when, behind = self._began or (0.0, self._done)
+        timed = self._done - behind
+        return max(batches, 0) * (self._clock() - when) / timed if timed > 0 else None
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Take the bar away and print the epoch's line.
@@ -101,8 +136,10 @@ class Progress:
                 keys are left out of the line.
         """
         self._remove_task()
+        self._show_left()
         parts = [f"epoch {_epoch(row['epoch'], self._epochs)}"] if "epoch" in row else []
-        self.note("  ".join(parts + _parts(row)))
+        eta = self.eta()
+        self.note("  ".join([*parts, *_parts(row), *([f"ETA {_duration(eta)}"] if eta else [])]))
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
@@ -116,6 +153,16 @@ class Progress:
     def _output(self) -> TextIO:
         return sys.stdout if self._stream is None else self._stream
 
+    def _show_left(self) -> None:
+        if self._rich is None:
+            return
+        of_epoch = -self._done % self._per_epoch if self._per_epoch else 0
+        for task, left in ((self._task, self._time_for(of_epoch)), (self._run, self.eta())):
+            if task is not None:
+                self._rich.update(task, left="" if left is None else f"{_duration(left)} left")
+        if self._run is not None:
+            self._rich.update(self._run, completed=self._done)
+
     def _remove_task(self) -> None:
         if self._rich is not None and self._task is not None:
             self._rich.remove_task(self._task)
@@ -126,7 +173,7 @@ class Progress:
 def _make_bar(stream: TextIO, *, force: bool) -> RichProgress | None:
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
     except ImportError:
         return None
@@ -134,7 +181,7 @@ def _make_bar(stream: TextIO, *, force: bool) -> RichProgress | None:
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[left]}", markup=False),
         TextColumn("{task.fields[values]}", markup=False),
         console=Console(file=stream, force_terminal=True if force else None),
         transient=True,

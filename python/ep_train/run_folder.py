@@ -35,7 +35,8 @@ except ImportError:  # not on Windows
 CONFIG, METRICS, SUMMARY, CURVES = "config.json", "metrics.jsonl", "summary.json", "curves.png"
 NONFINITE = "nonfinite"
 # What a run writes, and so all that overwrite=True removes.
-RUN_FILES = (CONFIG, METRICS, SUMMARY, CURVES, "checkpoint*.pt*", ".*.json*-*.tmp")
+EVENTS = "tensorboard/events.out.tfevents.*"
+RUN_FILES = (CONFIG, METRICS, SUMMARY, CURVES, EVENTS, "checkpoint*.pt*", ".*.json*-*.tmp")
 RUN_FOLDERS = ("checkpoints", "diverged")  # of these, what begins with step-, refused-step- or .step-
 
 Row = dict[str, Any]

@@ -70,7 +70,7 @@ def ep_step(
     """
     network, own = model.network, model.tensors()
     tensors = own if masks is None else masks.apply(own)
-    targets = _targets(model, images, labels, indices)
+    targets = targets_of(model, images, labels, indices)
     equilibrium = ep_kernels.free_phase(network, tensors, images, config, states=states, keep=True)
     gradients, nudged = ep_kernels.nudged_gradients(network, tensors, equilibrium, targets, config)
     if same_update:
@@ -113,7 +113,7 @@ def bptt_step(
         return bptt_gradients(model.network, tensors, images, targets, config, steps=config.nudged_steps)[:2]
 
     tensors = model.tensors()
-    targets = _targets(model, images, labels, indices)
+    targets = targets_of(model, images, labels, indices)
     found, states = gradients(tensors if masks is None else masks.apply(tensors), targets)
     return _from_states(model, found, states, targets, labels, masks)
 
@@ -128,7 +128,7 @@ def backprop_step(
 ) -> StepResult:
     """Backprop gradients of a batch into ``.grad``, of the feed-forward network of the same shape."""
     tensors = model.tensors()
-    targets = _targets(model, images, labels, indices)
+    targets = targets_of(model, images, labels, indices)
     masked = tensors if masks is None else masks.apply(tensors)
     found, states, _ = backprop_gradients(model.network, masked, images, targets)
     return _from_states(model, found, states, targets, labels, masks)
@@ -201,7 +201,8 @@ def _from_states(
     return StepResult(loss, correct, None)
 
 
-def _targets(model: Model, images: Tensor, labels: Tensor, indices: Tensor | None) -> list[Tensor]:
+def targets_of(model: Model, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> list[Tensor]:
+    """One target per head of the model's network, [B, ...]; ``indices`` of training images only."""
     if model.loss is not None:
         return model.loss.targets(images, labels, indices)
     network = model.network

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import ep_kernels
 from ep_kernels import backends
 
 from . import checkpoint
 from . import device as devices
+from .board import open_board, require_tensorboard
 from .config import TrainConfig
 from .config_file import portable
 from .curves import plot_curves
@@ -21,7 +23,9 @@ from .data import Batches, Dataset, load_dataset
 from .divergence import Diverged, check_weights
 from .epoch import Partial, Stopped, train_epoch
 from .learners import NetworkLearner, make_learner
+from .memory import peak_memory_bytes
 from .optim import make_optimizer, make_scheduler
+from .probe import IMAGES, probe_gradient
 from .progress import Progress
 from .rollback import go_back
 from .run_folder import RunFolder
@@ -30,6 +34,7 @@ from .stability import advice, diagnose
 from .summary import closing, headline, summarise
 
 PROBE = 64  # test images whose relaxation is looked at after every epoch
+HISTOGRAMS = 16  # of those, whose states TensorBoard shows
 
 
 class Trainer:
@@ -44,12 +49,15 @@ class Trainer:
         Raises:
             DataError, ValueError: the data cannot be read, an argument does not fit it, or the device is not there.
             BackendError: the backend cannot run there.
+            MissingExtra: tensorboard is asked for and not installed.
         """
         self.config = config
         # what is not there or cannot run is refused before anything is written
         self.device = devices.resolve(config.device, "TrainConfig", backend=config.backend)
         with _backend(config.backend):
             backends.choose(self.device, storage=config.relax_config().storage)
+        if config.tensorboard:
+            require_tensorboard()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if dataset is None:
@@ -137,14 +145,25 @@ class Trainer:
         learner = self.learner
         if not isinstance(learner, NetworkLearner) or self.config.method == "backprop":
             return {}
-        images = next(self.test.epoch(0))[0][:PROBE]
+        images, labels = (t[:PROBE] for t in next(self.test.epoch(0)))
         relax = self.config.evaluation_config()
         stability = diagnose(learner.network, learner.model.tensors(), images, relax)
         found = advice(stability, relax, learner.network)
         if found is not None and found != self.advised:
             self.advised = found
             progress.note(found)
-        return stability.row()
+        row = stability.row()
+        if self.config.probe_gradient and self.epoch % self.config.probe_gradient == 0:
+            row |= probe_gradient(learner.model, images[:IMAGES], labels[:IMAGES], self.config)
+        return row
+
+    def some_states(self) -> dict[int, Tensor]:
+        """Of some test images, by node: the free equilibrium, for histograms. A teacher has none."""
+        learner = self.learner
+        if not isinstance(learner, NetworkLearner):
+            return {}
+        states = learner.states(next(self.test.epoch(0))[0][:HISTOGRAMS])
+        return dict(enumerate(states[1:], 1))
 
     # ---- the run ----
 
@@ -168,6 +187,7 @@ class Trainer:
             devices.in_force(self.device, tf32=self.config.operands == "tf32"),
             folder.in_use(),
             stop_on_signals(self),
+            open_board(self.config.tensorboard, folder.path, after_step=self.epoch * len(self.train)) as board,
             Progress(self.config.epochs, quiet=self.config.quiet) as progress,
         ):
             progress.note(headline(self))
@@ -193,6 +213,9 @@ class Trainer:
                     if last or self.epoch % self.config.evaluate_every == 0:
                         row["test_accuracy"] = self.evaluate()
                     progress.end_epoch(row)
+                    if board is not None:
+                        row["peak_memory_bytes"] = peak_memory_bytes(self.device)
+                        board.write(row, self.some_states())
                     self.rows.append(row)
                     folder.append_metrics(row)
                     self.save()

@@ -103,7 +103,18 @@ def _decode(paths: list[Path], sink: Sink, size: tuple[int, int], workers: int |
             raise
 
 
-def _open(path: Path, size: tuple[int, int] | None) -> tuple[tuple[int, int], Pixels]:
+def read_image(path: Path, size: tuple[int, int]) -> Pixels:
+    """One image file of exactly this (width, height): uint8 [H, W] if grey, else [H, W, 3].
+
+    Raises:
+        DataError: it cannot be decoded, or has another size.
+    """
+    return _open(path, size, "the size must be")[1]
+
+
+def _open(
+    path: Path, size: tuple[int, int] | None, whose: str = "the first image has"
+) -> tuple[tuple[int, int], Pixels]:
     """The (width, height) of an image, and its pixels: uint8 [H, W] if grey, else [H, W, 3]."""
     from PIL import Image
 
@@ -111,7 +122,7 @@ def _open(path: Path, size: tuple[int, int] | None) -> tuple[tuple[int, int], Pi
         with Image.open(path, formats=("JPEG", "PNG")) as image:
             if size is not None and image.size != size:
                 raise DataError(
-                    f"{path}: {image.size[0]}x{image.size[1]} pixels, but the first image has {size[0]}x{size[1]};"
+                    f"{path}: {image.size[0]}x{image.size[1]} pixels, but {whose} {size[0]}x{size[1]};"
                     " all images must have one size: resize them first"
                 )
             if image.mode in _GREY_MODES:
