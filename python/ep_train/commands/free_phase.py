@@ -89,7 +89,8 @@ class FreePhase(nn.Module):
             old = read[node]
             target = eta * target if old is None else (1 - eta) * old + eta * target
             target = target.clamp(lo, hi) if eta > 1 and lo is not None else target
-        return target.expand(images.shape[0], *shape)
+        new: Tensor = target.expand(images.shape[0], *shape)
+        return new
 
     def _drive(
         self, c: int, read: Sequence[Tensor | None], kept: dict[int, tuple[Tensor, Tensor, Tensor | None]]
@@ -124,7 +125,8 @@ class FreePhase(nn.Module):
         own = f"connections.{c}.feedback"
         weight = self.get_parameter(own if own in self.spec["parameters"] else f"connections.{c}.weight")
         if weight.dim() == 2:
-            return (above @ weight).unflatten(1, tuple(shape))
+            flat: Tensor = (above @ weight).unflatten(1, tuple(shape))
+            return flat
         size = [
             (n + 2 * p - k) // s + 1
             for n, k, s, p in zip(shape[1:], weight.shape[2:], conn["stride"], conn["padding"], strict=True)
@@ -142,7 +144,10 @@ class FreePhase(nn.Module):
             n + 2 * p - k - (m - 1) * s
             for n, m, k, s, p in zip(shape[1:], size, weight.shape[2:], conn["stride"], conn["padding"], strict=True)
         ]
-        return F.conv_transpose2d(above, weight, stride=conn["stride"], padding=conn["padding"], output_padding=extra)
+        out: Tensor = F.conv_transpose2d(
+            above, weight, stride=conn["stride"], padding=conn["padding"], output_padding=extra
+        )
+        return out
 
     def _readout(self, states: Sequence[Tensor | None]) -> Tensor:
         state = states[self.spec["readout"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from ..config import TrainConfig
 from ..run_folder import CONFIG, RunFolderError, read_metrics
 from .output import replacing
 
@@ -65,7 +67,7 @@ def run_plot(config: PlotConfig) -> int:
 
 
 def read_run(path: Path) -> Run:
-    """The metrics and the configuration of a run of any version.
+    """The metrics and the configuration of a run of any version: options that it did not have are at their defaults.
 
     Raises:
         RunFolderError: one of them is not there or damaged, or no epoch has finished.
@@ -79,7 +81,7 @@ def read_run(path: Path) -> Run:
     rows = read_metrics(path)
     if not rows:
         raise RunFolderError(f"{path}: nothing to show yet, no epoch has finished")
-    return Run(path, config, rows)
+    return Run(path, {**dataclasses.asdict(TrainConfig()), **config}, rows)
 
 
 def names(runs: Sequence[Run]) -> list[str]:
@@ -107,6 +109,7 @@ def plot_runs(runs: Sequence[Run], out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(14, 7.5), dpi=120, layout=ConstrainedLayoutEngine(wspace=0.04, hspace=0.04))
     FigureCanvasAgg(figure)
@@ -120,6 +123,8 @@ def plot_runs(runs: Sequence[Run], out: Path) -> None:
         for axes, panel in zip(axes_row, PANELS, strict=True):
             _draw(axes, runs, places, panel)
             axes.set_xlabel(label)
+            if label == "epoch":
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = grid[0][1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=1 if len(runs) > 3 else len(runs), frameon=False)
     with replacing(out) as temporary:
@@ -164,6 +169,6 @@ def _number(row: Mapping[str, Any], key: str, scale: float) -> float:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return " ".join(map(_text, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
