@@ -154,4 +154,7 @@ class FreePhase(nn.Module):
         assert state is not None
         if "heads.0.weight" not in self.spec["parameters"]:
             return state
-        return F.linear(state.flatten(1), self.get_parameter("heads.0.weight"), self.get_parameter("heads.0.bias"))
+        out: Tensor = F.linear(
+            state.flatten(1), self.get_parameter("heads.0.weight"), self.get_parameter("heads.0.bias")
+        )
+        return out
