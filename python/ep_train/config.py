@@ -209,7 +209,7 @@ class TrainConfig:
     """Write TensorBoard events into tensorboard/ in the run folder: every metric, and histograms of the states."""
     probe_gradient: int = 0
     """Every so many epochs, the cosine of EP's gradient to the true one on 8 test images, per tensor (0: never). It
-    takes as long as a few training batches on small networks and some hundred sweeps of 8 images on any."""
+    takes as long as about 20 training batches of 32 images (docs/tools.md)."""
     out: Path | None = None
     """Run folder (default: runs/<dataset>-<model>-<method>-<time>-<seed>)."""
     overwrite: bool = False
