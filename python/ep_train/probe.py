@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ def probe_gradient(
     """
     network, tensors = model.network, model.tensors()
     targets = targets_of(model, images, labels)
-    gradients, equilibrium = ep_kernels.ep_gradients(network, tensors, images, targets, config.relax_config())
+    relax = replace(config.relax_config(), on_fail="ignore")  # the row tells
+    gradients, equilibrium = ep_kernels.ep_gradients(network, tensors, images, targets, relax)
     exact = Parameters.from_named(network, {name: t.double() for name, t in tensors.named().items()})
     states = [images.double(), *(s.double() for s in equilibrium.states[1:])]
     true, residual = true_gradients(

@@ -142,7 +142,7 @@ def load_trained(
             module = Model(network_of(config, shape, len(names)))
             wanted = module.state_dict().keys()  # without the heads that its training had beside the readout
             module.load_state_dict({name: t for name, t in state["model"].items() if name in wanted})
-            relax = None if config.method == "backprop" else config.evaluation_config()
+            relax = None if config.method == "backprop" else replace(config.evaluation_config(), on_fail="ignore")
     except (RuntimeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{path}: the checkpoint does not fit config.json: {error}") from error
     if free_steps is not None:

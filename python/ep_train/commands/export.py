@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ep_kernels import Network, Parameters, RelaxConfig
 from ep_kernels.plan import update_order
+from ep_kernels.stages import stages_of
 
 from .. import extras
 from ..teachers import Normalisation
@@ -161,8 +162,7 @@ def spec_of(network: Network, relax: RelaxConfig | None, images: Normalisation) 
     head = network.readout
     if head.pool is not None or head.pointwise:
         raise ValueError(f"spec_of: argument 'network': expected a readout of the whole state, got {head}")
-    relax = relax or RelaxConfig(schedule="sweep", free_steps=1)
-    eta = relax.free_damping(network.feedback_gain)
+    stages = stages_of(network, plain(relax or RelaxConfig(schedule="sweep", free_steps=1)), warm=False)
     return {
         "mean": list(images.mean),
         "std": list(images.std),
@@ -182,15 +182,26 @@ def spec_of(network: Network, relax: RelaxConfig | None, images: Normalisation) 
             [None, None] if math.isinf(lo) else [lo, hi] for lo, hi in map(network.box, range(len(network.shapes)))
         ],
         "slope": network.slope,
-        "schedule": relax.schedule,
-        "order": list(update_order(network, relax.schedule, "free")),
-        "sweeps": relax.free_steps,
-        "damping": [min(eta, 1.0), eta],
+        "stages": [
+            {
+                "schedule": stage.schedule,
+                "order": list(update_order(network, stage.schedule, "free")),
+                "sweeps": stage.steps,
+                "damping": [min(stage.damping, 1.0), stage.damping],
+            }
+            for stage in stages
+        ],
         "readout": head.node,
         "parameters": {
             name: list(shape) for name, shape in Parameters.shapes(replace(network, local_heads=())).items()
         },
     }
+
+
+def plain(relax: RelaxConfig) -> RelaxConfig:
+    """The same free phase in the parameters' own precision, for all of its sweeps."""
+    low = {"operands": None, "storage": None, "early_operands": None, "early_steps": 0}
+    return replace(relax, tol=0.0, on_fail="ignore", **low)  # type: ignore[arg-type]
 
 
 def about(trained: Trained) -> dict[str, Any]:
@@ -297,14 +308,12 @@ class _Pixels(nn.Module):
 @torch.no_grad()
 def _compared(trained: Trained, exported: Callable[[Tensor], Tensor], tolerance: float) -> float:
     """Largest difference between the outputs of a network and of what was read back."""
-    plain = trained
-    if trained.relax is not None:
-        plain = replace(trained, relax=replace(trained.relax, operands=None, storage=None, tol=0.0))
+    own = trained if trained.relax is None else replace(trained, relax=plain(trained.relax))
     generator = torch.Generator().manual_seed(0)
     worst, residual = 0.0, None
     for count in BATCHES:
         pixels = torch.randint(256, (count, *trained.image_shape), generator=generator, dtype=torch.uint8)
-        expected, residual = plain.predict(plain.normalised(pixels))
+        expected, residual = own.predict(own.normalised(pixels))
         got = exported(pixels.float() / 255)
         if got.shape != expected.shape:
             raise ExportError(f"export: expected outputs {list(expected.shape)}, got {list(got.shape)}")
@@ -322,7 +331,7 @@ def _compared(trained: Trained, exported: Callable[[Tensor], Tensor], tolerance:
 
 
 def _left_out(relax: RelaxConfig) -> str:
-    rounded = [name for name in ("operands", "storage") if getattr(relax, name) is not None]
+    rounded = [name for name in ("operands", "storage", "early_operands") if getattr(relax, name) is not None]
     parts = [f"the run's {' and '.join(rounded)} in low precision"] if rounded else []
     parts += [f"its early stop at a residual of {relax.tol:g}"] if relax.tol else []
     return f", without {' and '.join(parts)}" if parts else ""

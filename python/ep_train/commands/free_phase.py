@@ -17,7 +17,7 @@ class FreePhase(nn.Module):
     """Pixels in [0, 1], [B, C, H, W], to outputs [B, classes]: normalised, then a fixed number of sweeps from zero
     states, then the readout.
 
-    In a sweep every layer l is updated once, in the order of ``spec["order"]``:
+    In a sweep every layer l is updated once, in its stage's order:
 
         a^l  = b^l + sum of drives from below + sum of gain * feedback from above
         s^l <- clip((1 - eta) s^l + eta clip(slope a^l, lo, hi), lo, hi)
@@ -55,11 +55,12 @@ class FreePhase(nn.Module):
         images = (pixels - self.mean) / self.std
         states: list[Tensor | None] = [images] + [None] * (len(spec["shapes"]) - 1)  # None: zero
         kept: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}  # by connection: source, its drive, winners
-        for t in range(spec["sweeps"]):
-            eta = spec["damping"][min(t, 1)]  # of the first sweep, of the later ones
-            read = list(states) if spec["schedule"] == "sync" else states
-            for node in spec["order"]:
-                states[node] = self._update(node, read, eta, kept)
+        for stage in spec["stages"]:
+            for t in range(stage["sweeps"]):
+                eta = stage["damping"][min(t, 1)]  # of the first sweep, of the later ones
+                read = list(states) if stage["schedule"] == "sync" else states
+                for node in stage["order"]:
+                    states[node] = self._update(node, read, eta, kept)
         return self._readout(states)
 
     def _update(

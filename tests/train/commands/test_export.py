@@ -36,6 +36,7 @@ CONFIGS = {
     "sweep": RelaxConfig(free_steps=4),
     "even_odd": RelaxConfig(schedule="even_odd", free_steps=3, over_relaxation=1.5),
     "sync, damped": RelaxConfig(schedule="sync", free_steps=5, damping=0.7),
+    "sync, feed-forward start": RelaxConfig(schedule="sync", free_steps=2, start="feedforward"),
 }
 
 
