@@ -151,7 +151,7 @@ class FreePhase(nn.Module):
         return out
 
     def _readout(self, states: Sequence[Tensor | None]) -> Tensor:
-        state = states[self.spec["readout"]]
+        state: Tensor | None = states[int(self.spec["readout"])]
         assert state is not None
         if "heads.0.weight" not in self.spec["parameters"]:
             return state
