@@ -145,18 +145,28 @@ def contrasts(jobs: Sequence[Contrast], name: str | None = None) -> list[tuple[T
 
     ``cpu`` does not round the products' operands, whatever ``operands`` says.
     """
+    return list(each_contrast(jobs, name))
+
+
+def each_contrast(jobs: Sequence[Contrast], name: str | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same one by one, in the order of the jobs: each is computed when it is asked for.
+
+    On a GPU all of them are one graph: asking for the first computes all.
+    """
     _record(tuple(jobs))
     weight = jobs[0].weight
     chosen = choose(weight.device, weight.dtype, name, race=partial(races.contrasts_key, jobs))
     if chosen in ON_GPU and not torch.compiler.is_compiling():
         if chosen == "cuda":
-            return _cuda_contrasts(jobs)
+            yield from _cuda_contrasts(jobs)
+            return
         from . import triton
 
-        return triton.contrasts(jobs)
-    if chosen == "reference":
-        return [_contrast(reference.contrast, job) for job in jobs]
-    return [_contrast(partial(relax_op.contrast, triton=chosen == "triton"), job) for job in jobs]
+        yield from triton.contrasts(jobs)
+        return
+    one = reference.contrast if chosen == "reference" else partial(relax_op.contrast, triton=chosen == "triton")
+    for job in jobs:
+        yield _contrast(one, job)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,8 @@ from .network import Head, Network
 from .parameters import Parameters
 from .precision import Operands
 from .relaxation import Contrast
+
+Ready = Callable[[str, Tensor], object]  # name of a gradient, as of Parameters.named, and the gradient
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,15 @@ def contrast_gradients(
     *,
     operands: Operands = None,
     backend: str | None = None,
+    ready: Ready | None = None,
 ) -> Parameters:
     """Gradients of the batch-mean loss from the two phases (Laborieux et al. 2021, with the feedback gain).
 
     ``dL/dW_c = -k^(level(dst)-N) ( d<s^dst, drive_c>/dW at +beta - the same at -beta ) / (2 beta)``; heads get the mean
     of their ordinary gradients at the contrasted states.
+
+    They are computed heads first, then connection by connection from the top: upper layers have most of the weights,
+    lower ones most of the work, so what is sent elsewhere as soon as it is ``ready`` travels while more is computed.
 
     Args:
         network: whose phases these are.
@@ -64,6 +70,9 @@ def contrast_gradients(
         targets: per head, [B, ...], those of the nudged phase.
         operands: precision of the operands of the two matrix products, as in :class:`ep_kernels.RelaxConfig`.
         backend: name of the backend; None: the current one.
+        ready: called with the name (as in :meth:`Parameters.named`) and the tensor of each gradient once it is computed
+            and before the next one is (on a GPU, where all contrasts are one graph, after that was launched). What it
+            writes into the tensor is what is returned.
 
     Returns:
         Gradients in the structure and shapes of ``parameters``; None where it has None, and for tied heads.
@@ -74,8 +83,10 @@ def contrast_gradients(
     x = equilibrium.states[0]
     batch = max(x.shape[0], 1)
     span = nudged.beta * (2 if nudged.phases == 2 else 1)
+    order = sorted(range(len(network.connections)), key=lambda c: (network.levels[network.connections[c].dst], c))[::-1]
     jobs: list[Contrast] = []
-    for c, conn in enumerate(network.connections):
+    for c in order:
+        conn = network.connections[c]
         level_gain = network.nudge_coefficient(conn.dst)
         delta = nudged.deltas[conn.dst]
         assert delta is not None
@@ -94,17 +105,28 @@ def contrast_gradients(
             operands=operands,
         )
         jobs += _split(job) if network.has_feedback_weight(c) else [job]
-    found = iter(backends.contrasts(jobs, backend))
-    weights: list[Tensor] = []
-    feedback_weights: list[Tensor | None] = []
-    biases: list[Tensor | None] = [None] * len(network.shapes)
-    for c, conn in enumerate(network.connections):
-        weight, biases[conn.dst] = next(found)
-        weights.append(weight)
-        feedback_weights.append(next(found)[0] if network.has_feedback_weight(c) else None)
     head_weights, head_biases = _head_gradients(network, parameters, equilibrium, nudged, targets)
-    separate = network.feedback == "separate"
-    return Parameters(weights, biases, head_weights, head_biases, feedback_weights if separate else ())
+    if ready is not None:
+        for name, gradient in Parameters([], [], head_weights, head_biases).named().items():
+            ready(name, gradient)
+    weights: dict[int, Tensor] = {}
+    feedback_weights: dict[int, Tensor] = {}
+    biases: list[Tensor | None] = [None] * len(network.shapes)
+    found = backends.each_contrast(jobs, backend)
+    for c in order:
+        dst = network.connections[c].dst
+        weights[c], bias = next(found)
+        new = {f"connections.{c}.weight": weights[c]}
+        if biases[dst] is None:  # each connection into a node finds the same
+            biases[dst] = new[f"nodes.{dst}.bias"] = bias
+        if network.has_feedback_weight(c):
+            feedback_weights[c] = new[f"connections.{c}.feedback"] = next(found)[0]
+        if ready is not None:
+            for name, gradient in new.items():
+                ready(name, gradient)
+    numbers = range(len(network.connections))
+    separate = [feedback_weights.get(c) for c in numbers] if network.feedback == "separate" else ()
+    return Parameters([weights[c] for c in numbers], biases, head_weights, head_biases, separate)
 
 
 def contrasted_states(equilibrium: Equilibrium, nudged: Nudged, node: int) -> Tensor:
@@ -231,22 +253,6 @@ def kolen_pollack(gradients: Parameters) -> Parameters:
         if own is not None:
             weights[c] = feedback_weights[c] = (weights[c] + own) / 2
     return replace(gradients, weights=weights, feedback_weights=feedback_weights)
-
-
-def combined(first: Parameters, second: Parameters, a: float, b: float) -> Parameters:
-    """``a first + b second``, tensor by tensor."""
-
-    def add(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [None if x is None or y is None else a * x + b * y for x, y in zip(ours, theirs, strict=True)]
-
-    weights = [a * x + b * y for x, y in zip(first.weights, second.weights, strict=True)]
-    return Parameters(
-        weights,
-        add(first.biases, second.biases),
-        add(first.head_weights, second.head_weights),
-        add(first.head_biases, second.head_biases),
-        add(first.feedback_weights, second.feedback_weights),
-    )
 
 
 def tile(x: Tensor, times: int) -> Tensor:

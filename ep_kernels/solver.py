@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends, reference
 from .config import RelaxConfig
-from .contrasts import Nudged, combined, contrast_gradients, tile
+from .contrasts import Nudged, Ready, contrast_gradients, tile
 from .equilibrium import Equilibrium, tested
 from .network import Network, Shape
 from .parameters import Parameters
@@ -210,27 +210,37 @@ def nudged_gradients(
     *,
     extra: Mapping[int, Tensor] | None = None,
     backend: str | None = None,
+    ready: Ready | None = None,
 ) -> tuple[Parameters, Nudged]:
     """Nudged phases from a free equilibrium found with ``keep=True``, and the gradients from their contrast.
+
+    Args:
+        ready: called with each gradient as soon as it is computed: see :func:`contrast_gradients`.
 
     Returns:
         The gradients, and the nudged phases (of ``five_phase``: those at +-beta).
     """
     config = config or RelaxConfig()
 
-    def at(chosen: RelaxConfig) -> tuple[Parameters, Nudged]:
+    def at(chosen: RelaxConfig, ready: Ready | None) -> tuple[Parameters, Nudged]:
         nudged = nudged_phase(network, parameters, equilibrium, targets, chosen, extra=extra, backend=backend)
         operands = chosen.operands
         found = contrast_gradients(
-            network, parameters, equilibrium, nudged, targets, operands=operands, backend=backend
+            network, parameters, equilibrium, nudged, targets, operands=operands, backend=backend, ready=ready
         )
         return found, nudged
 
-    gradients, nudged = at(config)
     if config.estimator != "five_phase":
-        return gradients, nudged
-    wider, _ = at(replace(config, beta=2 * config.beta))
-    return combined(gradients, wider, 4 / 3, -1 / 3), nudged
+        return at(config, ready)
+    near, nudged = at(config, None)
+    named = near.named()
+
+    def extrapolate(name: str, gradient: Tensor) -> None:
+        gradient.copy_(4 / 3 * named[name] - 1 / 3 * gradient)
+        if ready is not None:
+            ready(name, gradient)
+
+    return at(replace(config, beta=2 * config.beta), extrapolate)[0], nudged
 
 
 def readout(network: Network, parameters: Parameters, equilibrium: Equilibrium, head: int = 0) -> Tensor:
