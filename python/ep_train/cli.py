@@ -19,6 +19,7 @@ from .config import TrainConfig
 from .config_file import config_from_json
 from .data import DataError
 from .device import check_name
+from .distributed import FirstFailed, ProcessError, voice
 from .divergence import Diverged
 from .extras import MissingExtra
 from .presets import PRESETS, preset
@@ -38,9 +39,9 @@ by layer; `ep-train resume DIR` continues a run that was stopped or killed; `ep-
 configuration of a run on a GPU; `ep-train eval RUN` says how well a run's network does, `predict RUN FILES` what images
 show, `export RUN` writes it for use elsewhere, `plot RUN...` compares runs.
 
-A run folder holds config.json, metrics.jsonl, summary.json, curves.png, checkpoints/. Ctrl-C or SIGTERM ends a run after
-the current batch and keeps what was learnt (exit code 130); so does SIGUSR1, which batch systems send before they take
-a machine away (exit code 75)."""
+A run folder holds config.json, metrics.jsonl, summary.json, curves.png, checkpoints/. Ctrl-C or SIGTERM ends a run
+after the current batch and keeps what was learnt (exit code 130); so does SIGUSR1, which batch systems send before they
+take a machine away (exit code 75)."""
 
 
 TEACHER_DESCRIPTION = """Train a teacher by ordinary backprop, on the data of its student: vgg11_bn, vgg13_bn, vgg16_bn
@@ -136,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = ", ".join(COMMANDS)
         print(f"ep-train: expected a command ({known}) or an option first, got '{arguments[0]}'", file=sys.stderr)
         sys.exit(2)  # as tyro does
+    who, speaks = voice()
     try:
         if command == "check":
             check = tyro.cli(CheckConfig, prog="ep-train check", args=arguments)
@@ -144,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options, run = TOOLS[command]
             return run(tyro.cli(options, prog=f"ep-train {command}", args=arguments))
         if command == "resume":
-            chosen = tyro.cli(ResumeConfig, prog="ep-train resume", args=arguments)
+            chosen = tyro.cli(ResumeConfig, prog="ep-train resume", args=arguments, console_outputs=speaks)
             summary, _ = resume(chosen.folder, epochs=chosen.epochs, device=chosen.device, quiet=chosen.quiet)
         elif command == "recipe":
             asked = tyro.cli(RecipeConfig, prog="ep-train recipe", args=arguments)
@@ -165,13 +167,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(list_presets())
                     return 0
                 prog, start, description = "ep-train", started_from(arguments, TrainConfig()), DESCRIPTION
-            config = tyro.cli(TrainConfig, prog=prog, args=arguments, default=start, description=description)
+            config = tyro.cli(
+                TrainConfig,
+                prog=prog,
+                args=arguments,
+                default=start,
+                description=description,
+                console_outputs=speaks,
+            )
             summary, _ = train(config)
+    except FirstFailed:  # which says why
+        return 1
     except (
-        BackendError, CheckpointError, ConvergenceError, DataError, Diverged, MissingExtra, OSError, RunFolderError,
+        BackendError, CheckpointError, ConvergenceError, DataError, Diverged, MissingExtra, OSError, ProcessError,
+        RunFolderError,
         ValueError,
     ) as error:  # fmt: skip
-        print(f"ep-train: {error}", file=sys.stderr)
+        print(f"{who}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # outside the training loop: nothing was learnt yet
         print("ep-train: stopped by Ctrl-C", file=sys.stderr)

@@ -214,6 +214,9 @@ class TrainConfig:
     """Run folder (default: runs/<dataset>-<model>-<method>-<time>-<seed>)."""
     overwrite: bool = False
     """Replace an earlier run in --out."""
+    resume_or_start: bool = False
+    """Go on from the checkpoint in --out where there is one of the same configuration, else start: for jobs that are
+    started again until they are done."""
     quiet: bool = False
     """Print nothing."""
 
@@ -239,6 +242,9 @@ class TrainConfig:
             raise ValueError(f"TrainConfig: argument 'lr_min': expected at most --lr {self.lr}, got {self.lr_min}")
         if self.evaluate_steps is not None and self.evaluate_steps < 1:
             raise ValueError(f"TrainConfig: argument 'evaluate_steps': expected >= 1, got {self.evaluate_steps}")
+        if self.resume_or_start and (self.out is None or self.overwrite):
+            got = "none" if self.out is None else "--overwrite too"
+            raise ValueError(f"TrainConfig: argument 'resume_or_start': expected --out with it, got {got}")
         if self.teacher_cache is not None and self.teacher is None:
             raise ValueError("TrainConfig: argument 'teacher_cache': expected a --teacher, got none")
         if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):

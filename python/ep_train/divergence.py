@@ -117,7 +117,10 @@ def check_weights(trainer: Trainer) -> None:
 
 def keep(trainer: Trainer, folder: Path, error: Diverged) -> None:
     """Look for the layer, and keep the step in ``folder/diverged`` (the first ``MOST`` of a run); both are then part of
-    the error's message. What cannot be written is said there too: the error itself goes first."""
+    the error's message. What cannot be written is said there too: the error itself goes first. Of several processes the
+    first one does, with its part of the images."""
+    if not trainer.processes.first:
+        return
     step = error.step
     kept = len(list((folder / FOLDER).glob("step-*")))
     if kept >= MOST and trainer.config.on_divergence == "continue":

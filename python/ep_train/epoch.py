@@ -39,11 +39,12 @@ class Partial:
 
 @dataclass(frozen=True)
 class Unread:
-    """What a batch came to, perhaps still being computed."""
+    """What a batch came to, perhaps still being computed. The indices are of this process's part of ``size`` images."""
 
     result: StepResult
     gradient: Tensor
     indices: Tensor
+    size: int
 
 
 def train_epoch(trainer: Trainer, progress: Progress) -> dict[str, Any]:
@@ -76,16 +77,18 @@ def train_epoch(trainer: Trainer, progress: Progress) -> dict[str, Any]:
         )
 
     for images, labels, indices in trainer.train.indexed(epoch, start=done.batches):
-        if trainer.stop_asked:
+        if trainer.stopping:
             if unread:
                 show(len(unread), _add_up(trainer, unread, moved=1))
             raise Stopped
         buffers = [b.clone() for b in trainer.model.buffers()] if lenient else []
-        result = trainer.learner.step(Batch(images, labels, indices, epoch, done.batches + len(unread)))
-        unread.append(Unread(result, gradient_norm(trainer.model), indices))
+        trainer.ask(read=time.perf_counter() - began >= READ_EVERY)
+        result, size = trainer.learn(Batch(images, labels, indices, epoch, done.batches + len(unread)))
+        unread.append(Unread(result, gradient_norm(trainer.model), indices, size))
+        wanted = trainer.agreement.answer()["read"]
         count = len(unread)
         save = trainer.checkpoint_due(done.batches + count)
-        due = lenient or save or trainer.device.type == "cpu" or time.perf_counter() - began >= READ_EVERY
+        due = lenient or save or trainer.device.type == "cpu" or wanted
         residual: float | None = None
         if due:
             try:
@@ -175,11 +178,10 @@ def _add_up(trainer: Trainer, unread: list[Unread], *, moved: int = 0) -> float 
                 later=len(unread) - 1 - at + moved,
             )
             raise Diverged(what, step)
-        count = len(one.indices)
         done.batches += 1
-        done.seen += count
-        done.loss_sum += loss * count
+        done.seen += one.size
+        done.loss_sum += loss * one.size
         done.correct += correct
-        done.residual_sum += (residual or 0.0) * count
+        done.residual_sum += (residual or 0.0) * one.size
     unread.clear()
     return residual

@@ -17,6 +17,7 @@ from ep_kernels import Network
 from .config import STORAGES, TrainConfig
 from .data import Dataset
 from .distill import Distillation
+from .distributed import GradientMean
 from .dropout import Dropout
 from .feedforward import feedforward_states
 from .losses import AugmentedLoss, LocalErrors
@@ -67,13 +68,17 @@ STREAM = 1_000_003  # a prime: seeds of different batches differ
 
 @dataclass(frozen=True)
 class Batch:
-    """Images [B, C, H, W], labels [B] and the images' indices in the dataset [B]; the epoch and its batch, from 0."""
+    """Images [B, C, H, W], labels [B] and the images' indices in the dataset [B]; the epoch and its batch, from 0.
+
+    Of several processes each has its part of the images, and ``mean`` is over all parts.
+    """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     epoch: int
     number: int
+    mean: GradientMean | None = None
 
 
 class Learner(Protocol):
@@ -169,14 +174,22 @@ class NetworkLearner:
             masks = self.dropout.draw(self._draws(batch, "dropout"), batch.images.device)
         images, labels, indices = batch.images, batch.labels, batch.indices
         if self.config.method == "backprop":
-            return backprop_step(self.model, images, labels, indices=indices, masks=masks)
+            return backprop_step(self.model, images, labels, indices=indices, masks=masks, mean=batch.mean)
         relax = self.config.relax_config(positive_sign=self._sign(batch))
         if self.config.method == "bptt":
-            return bptt_step(self.model, images, labels, relax, indices=indices, masks=masks)
+            return bptt_step(self.model, images, labels, relax, indices=indices, masks=masks, mean=batch.mean)
         states = self.warm.get(indices, images) if self.warm is not None else None
         same_update = self.config.feedback == "kolen_pollack"
         result = ep_step(
-            self.model, images, labels, relax, indices=indices, states=states, masks=masks, same_update=same_update
+            self.model,
+            images,
+            labels,
+            relax,
+            indices=indices,
+            states=states,
+            masks=masks,
+            same_update=same_update,
+            mean=batch.mean,
         )
         if self.warm is not None:
             assert result.states is not None
@@ -266,7 +279,7 @@ class ModuleLearner:
 
     def step(self, batch: Batch) -> StepResult:
         """Gradients of a batch into ``.grad``."""
-        return module_step(self._module, batch.images, batch.labels)
+        return module_step(self._module, batch.images, batch.labels, mean=batch.mean)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

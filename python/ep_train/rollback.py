@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from . import checkpoint
 from .divergence import Diverged, keep
@@ -36,9 +37,7 @@ def go_back(trainer: Trainer, folder: RunFolder, error: Diverged) -> str:
     if count > config.max_rollbacks:
         error.args = (f"{error.args[0]} (given up after {trainer.rollbacks} rollbacks)",)
         raise error
-    found = checkpoint.newest_good(folder.path, scheduled=True)
-    checkpoint.set_aside(found.refused)
-    rows = RunFolder.resume(folder.path, before_epoch=found.state["epoch"] + 1).read_metrics()
+    found, rows = trainer.processes.first_does(lambda: _last_good(folder.path))
     trainer.restore(found.state, rows)
     factor = config.rollback_factor ** (count - trainer.rollbacks)
     trainer.rollbacks = count
@@ -50,3 +49,10 @@ def go_back(trainer: Trainer, folder: RunFolder, error: Diverged) -> str:
         f"{error}; back to {found.path.name} with {config.rollback_factor**count:.3g} times the learning rate "
         f"({count} of {config.max_rollbacks} rollbacks)"
     )
+
+
+def _last_good(folder: Path) -> tuple[checkpoint.Found, list[dict[str, Any]]]:
+    """The checkpoint to go back to, and the metrics up to it; damaged ones are put aside."""
+    found = checkpoint.newest_good(folder, scheduled=True)
+    checkpoint.set_aside(found.refused)
+    return found, RunFolder.resume(folder, before_epoch=found.state["epoch"] + 1).read_metrics()

@@ -209,6 +209,26 @@ class RunFolder:
         return path
 
 
+class NoFolder(RunFolder):
+    """The same folder in a process that does not write to it: what it is given is left out."""
+
+    def write_config(self, config: Mapping[str, Any]) -> Path:
+        """Nothing."""
+        return self.path / CONFIG
+
+    def write_summary(self, summary: Mapping[str, Any]) -> Path:
+        """Nothing."""
+        return self.path / SUMMARY
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Nothing: the process that writes there keeps others out."""
+        yield
+
+
 def read_metrics(path: Path) -> list[Row]:
     """The rows of a metrics.jsonl, or of the one in a run's folder, with NaN and infinity put back.
 

@@ -3,22 +3,79 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint
 from .config import TrainConfig
-from .config_file import config_from_json
-from .run_folder import CONFIG, RunFolder
+from .config_file import config_from_json, portable
+from .distributed import Processes, from_environment, joined
+from .run_folder import CONFIG, NoFolder, RunFolder, RunFolderError
 from .trainer import Trainer, new_folder
+
+# what may differ between a run and its continuation by --resume-or-start: where, not what
+FREE = (
+    "out",
+    "overwrite",
+    "quiet",
+    "resume_or_start",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "device",
+    "threads",
+    "data_root",
+    "data_cache",
+)
 
 
 def train(config: TrainConfig) -> tuple[dict[str, Any], Path]:
-    """Start a run; returns its summary and folder."""
-    trainer = Trainer(config)
-    folder = new_folder(config)
-    return trainer.run(folder), folder.path
+    """Start a run, or take part in one: under torchrun every process calls this.
+
+    With ``resume_or_start`` it goes on instead, where ``out`` has a run of the same configuration.
+
+    Returns:
+        Its summary and folder.
+
+    Raises:
+        RunFolderError: ``out`` cannot be used, or holds a run of another configuration.
+        ProcessError: several processes cannot work together, or another one is gone.
+    """
+    processes = from_environment()
+    with joined(processes), ExitStack() as held:
+        processes.same("options", dataclasses.asdict(dataclasses.replace(config, data_root=None, quiet=False)))
+        out = config.out
+        if config.resume_or_start and out is not None and processes.first_does(lambda: _is_there(config, out)):
+            found = processes.first_does(lambda: _where_it_stopped(out, held))
+            return _go_on(out, config, processes, found, changed=False)
+        trainer = Trainer(config, processes=processes)
+        path = processes.first_does(lambda: new_folder(config).path)
+        return trainer.run(_folder(path, processes)), path
+
+
+def _is_there(config: TrainConfig, path: Path) -> bool:
+    """Whether ``path`` holds this run already.
+
+    Raises:
+        CheckpointError: its configuration cannot be read.
+        RunFolderError: it is another one.
+    """
+    if not (path / CONFIG).is_file():
+        return False
+    theirs = dataclasses.asdict(portable(config_from_json(path / CONFIG)))
+    ours = dataclasses.asdict(portable(config))
+    odd = [name for name in ours if name not in FREE and ours[name] != theirs[name]]
+    if odd:
+        found = ", ".join(f"{name} {theirs[name]!r} and not {ours[name]!r}" for name in odd)
+        raise RunFolderError(
+            f"{path} holds a run of another configuration ({found}): choose another folder, or go on with it as it is: "
+            f"ep-train resume {path}"
+        )
+    return True
+
+
+def _folder(path: Path, processes: Processes) -> RunFolder:
+    return (RunFolder if processes.first else NoFolder)(path)
 
 
 def resume(
@@ -37,35 +94,58 @@ def resume(
         epochs: train to this many instead; a falling learning rate then falls over the new total.
         device: go on there instead of on the run's own.
 
+    Under torchrun every process calls this; there may be another number of them than before. The numbers are then the
+    same to rounding.
+
     Raises:
         CheckpointError, RunFolderError: there is nothing to resume there.
         ValueError, BackendError: the device is not there, or the backend cannot run on it; nothing has been written.
+        ProcessError: several processes cannot work together, or another one is gone.
     """
-    with RunFolder(path).in_use() if path.is_dir() else nullcontext():
-        found = _where_it_stopped(path)
-        config = config_from_json(path / CONFIG, quiet=quiet)
+    processes = from_environment()
+    with joined(processes), ExitStack() as held:
+        found = processes.first_does(lambda: _where_it_stopped(path, held))
+        config = processes.first_does(lambda: config_from_json(path / CONFIG, quiet=quiet))
         if epochs is not None:
             config = dataclasses.replace(config, epochs=epochs)
         if device is not None:
             config = dataclasses.replace(config, device=device)
-        trainer = Trainer(config)
+        changed = epochs is not None or device is not None
+        return _go_on(path, config, processes, found, changed=changed)
+
+
+def _go_on(
+    path: Path, config: TrainConfig, processes: Processes, found: checkpoint.Found | None, *, changed: bool
+) -> tuple[dict[str, Any], Path]:
+    trainer = Trainer(config, processes=processes)
+
+    def rows() -> list[dict[str, Any]]:
         folder = RunFolder.resume(path, before_epoch=1 if found is None else found.state["epoch"] + 1)
         if found is not None:
             checkpoint.set_aside(found.refused)
-        if epochs is not None or device is not None:
+        if changed:
             folder.write_config(dataclasses.asdict(config))
-        trainer.folder = folder
-        if found is not None:
-            trainer.restore(found.state, folder.read_metrics())
-        return trainer.run(folder), folder.path
+        return folder.read_metrics()
+
+    before = processes.first_does(rows)
+    trainer.folder = _folder(path, processes)
+    if found is not None:
+        trainer.restore(found.state, before)
+    return trainer.run(trainer.folder), path
 
 
-def _where_it_stopped(path: Path) -> checkpoint.Found | None:
+def _where_it_stopped(path: Path, held: ExitStack) -> checkpoint.Found | None:
     """The checkpoint to go on from; None where none has been written yet.
+
+    Args:
+        held: keeps other processes out of the folder until it is closed.
 
     Raises:
         CheckpointError: there is no run, none of its checkpoints is good, or they are gone.
+        RunFolderError: another process runs there.
     """
+    if path.is_dir():
+        held.enter_context(RunFolder(path).in_use())
     # the first row may be there already: it is written just before the first checkpoint
     if (path / CONFIG).is_file() and checkpoint.never_written(path) and len(RunFolder(path).read_metrics()) <= 1:
         return None

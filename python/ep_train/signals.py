@@ -25,7 +25,7 @@ def stop_on_signals(trainer: Trainer) -> Iterator[None]:
 
     def ask(number: int, frame: object) -> None:
         if trainer.stop_asked:
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and not trainer.processes.several:  # torchrun ends those that do not end
                 raise KeyboardInterrupt
             return
         trainer.stop_asked, trainer.stop_signal = True, signal.Signals(number).name

@@ -18,6 +18,7 @@ from .feedforward import backprop_gradients, feedforward_states
 from .models import Model
 
 if TYPE_CHECKING:
+    from .distributed import GradientMean
     from .dropout import Masks
 
 
@@ -48,6 +49,7 @@ def ep_step(
     states: Sequence[Tensor | None] | None = None,
     masks: Masks | None = None,
     same_update: bool = False,
+    mean: GradientMean | None = None,
 ) -> StepResult:
     """EP gradients of a batch into ``.grad``: free phase, nudged phases, contrast.
 
@@ -60,6 +62,8 @@ def ep_step(
         states: where the free phase starts, per node; default zero.
         masks: of dropout.
         same_update: weights and separate feedback weights both get the mean of their gradients.
+        mean: over processes, each of which has a part of the batch: what each contrast finds is sent while the next
+            one is computed.
 
     Returns:
         Loss, correct predictions, residual and free equilibrium.
@@ -67,17 +71,22 @@ def ep_step(
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, or labels out of range.
         BackendError: a backend asked for by name cannot run, with the reason.
+        LostContact: another process is gone.
     """
     network, own = model.network, model.tensors()
     tensors = own if masks is None else masks.apply(own)
     targets = targets_of(model, images, labels, indices)
     equilibrium = ep_kernels.free_phase(network, tensors, images, config, states=states, keep=True)
-    gradients, nudged = ep_kernels.nudged_gradients(network, tensors, equilibrium, targets, config)
+    ready = None if mean is None else mean.add
+    gradients, nudged = ep_kernels.nudged_gradients(network, tensors, equilibrium, targets, config, ready=ready)
+    if model.loss is not None:
+        model.loss.set_gradients(equilibrium, nudged)
+    if mean is not None:
+        _add_own(mean, model.loss)
+        mean.finish()
     if same_update:
         gradients = ep_kernels.kolen_pollack(gradients)
     model.set_gradients(gradients if masks is None else masks.gradients(gradients))
-    if model.loss is not None:
-        model.loss.set_gradients(equilibrium, nudged)
     z = ep_kernels.readout(network, tensors, equilibrium)
     loss, correct = _score(network, z, targets[0], labels)
     return StepResult(loss, correct, equilibrium.residual.mean(), equilibrium.states)
@@ -91,6 +100,7 @@ def bptt_step(
     *,
     indices: Tensor | None = None,
     masks: Masks | None = None,
+    mean: GradientMean | None = None,
 ) -> StepResult:
     """BPTT gradients of a batch into ``.grad``: the last ``nudged_steps`` of ``free_steps`` sweeps are unrolled.
 
@@ -101,6 +111,7 @@ def bptt_step(
         config: of the free phase.
         indices: of the images in their dataset, for a teacher whose logits are kept.
         masks: of dropout.
+        mean: of the gradients over processes, each of which has a part of the batch.
 
     Returns:
         Loss and correct predictions.
@@ -115,7 +126,7 @@ def bptt_step(
     tensors = model.tensors()
     targets = targets_of(model, images, labels, indices)
     found, states = gradients(tensors if masks is None else masks.apply(tensors), targets)
-    return _from_states(model, found, states, targets, labels, masks)
+    return _from_states(model, found, states, targets, labels, masks, mean)
 
 
 def backprop_step(
@@ -125,23 +136,42 @@ def backprop_step(
     *,
     indices: Tensor | None = None,
     masks: Masks | None = None,
+    mean: GradientMean | None = None,
 ) -> StepResult:
     """Backprop gradients of a batch into ``.grad``, of the feed-forward network of the same shape."""
     tensors = model.tensors()
     targets = targets_of(model, images, labels, indices)
     masked = tensors if masks is None else masks.apply(tensors)
     found, states, _ = backprop_gradients(model.network, masked, images, targets)
-    return _from_states(model, found, states, targets, labels, masks)
+    return _from_states(model, found, states, targets, labels, masks, mean)
 
 
-def module_step(module: nn.Module, images: Tensor, labels: Tensor) -> StepResult:
-    """Gradients of the mean cross-entropy of an ordinary torch module into ``.grad``."""
+def _add_own(mean: GradientMean, module: nn.Module | None) -> None:
+    """The gradients in ``.grad`` of a module's own parameters."""
+    for name, parameter in module.named_parameters() if module is not None else ():
+        if parameter.grad is not None:
+            mean.add(name, parameter.grad)
+
+
+def module_step(module: nn.Module, images: Tensor, labels: Tensor, *, mean: GradientMean | None = None) -> StepResult:
+    """Gradients of the mean cross-entropy of an ordinary torch module into ``.grad``.
+
+    Args:
+        mean: over processes; of the running statistics of batch normalisation too. The statistics that a batch is
+            normalised with are those of each process's part.
+    """
     module.train()
     module.zero_grad(set_to_none=True)
     with torch.enable_grad():
         z = module(images)
         loss = cross_entropy(z, labels)
         loss.backward()
+    if mean is not None:
+        _add_own(mean, module)
+        for name, buffer in module.named_buffers():
+            if buffer.is_floating_point():
+                mean.add(name, buffer)
+        mean.finish()
     return StepResult(loss.detach(), (z.detach().argmax(1) == labels).sum(), None)
 
 
@@ -191,11 +221,17 @@ def _from_states(
     targets: list[Tensor],
     labels: Tensor,
     masks: Masks | None,
+    mean: GradientMean | None,
 ) -> StepResult:
     tensors = model.tensors()
-    model.set_gradients(gradients if masks is None else masks.gradients(gradients))
     if model.loss is not None:
         model.loss.set_gradients_at(states)
+    if mean is not None:
+        for name, gradient in gradients.named().items():
+            mean.add(name, gradient)
+        _add_own(mean, model.loss)
+        mean.finish()
+    model.set_gradients(gradients if masks is None else masks.gradients(gradients))
     z = _readout(model.network, tensors if masks is None else masks.apply(tensors), states)
     loss, correct = _score(model.network, z, targets[0], labels)
     return StepResult(loss, correct, None)

@@ -24,6 +24,7 @@ def headline(trainer: Trainer) -> str:
     storage = config.relax_config().storage
     backend = backends.choose(trainer.device, storage=storage) if config.method == "ep" else "autograd"
     where = f" on {devices.describe(trainer.device)}" if trainer.device.type == "cuda" else ""
+    where += f", {trainer.processes.count} processes" if trainer.processes.several else ""
     how = f"k {config.feedback_gain:g}, {config.schedule}, {config.free_steps} + {config.nudged_steps} sweeps"
     how = "" if config.method == "backprop" else f" {how},"
     return (
@@ -58,6 +59,7 @@ def summarise(trainer: Trainer, status: str) -> dict[str, Any]:
         "images_per_second": images / trainer.seconds if trainer.seconds else None,
         "peak_memory_bytes": peak_memory_bytes(trainer.device),
         "device": devices.describe(trainer.device),
+        "processes": trainer.processes.count,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "data": trainer.dataset.source,
         "versions": {"ep_kernels": ep_kernels.__version__, "torch": torch.__version__},

@@ -20,17 +20,29 @@ from .config import TrainConfig
 from .config_file import portable
 from .curves import plot_curves
 from .data import Batches, Dataset, load_dataset
+from .distributed import (
+    Agreement,
+    FirstFailed,
+    GradientMean,
+    LostContact,
+    Processes,
+    check_alike,
+    own_device,
+    shared_step,
+    spread,
+)
 from .divergence import Diverged, check_weights
 from .epoch import Partial, Stopped, train_epoch
-from .learners import NetworkLearner, make_learner
+from .learners import Batch, NetworkLearner, make_learner
 from .memory import peak_memory_bytes
 from .optim import make_optimizer, make_scheduler
 from .probe import IMAGES, probe_gradient
 from .progress import Progress
 from .rollback import go_back
 from .run_folder import RunFolder
-from .signals import stop_on_signals
+from .signals import PREEMPTED, stop_on_signals
 from .stability import advice, diagnose
+from .step import StepResult
 from .summary import closing, headline, summarise
 
 PROBE = 64  # test images whose relaxation is looked at after every epoch
@@ -40,20 +52,29 @@ HISTOGRAMS = 16  # of those, whose states TensorBoard shows
 class Trainer:
     """One run. Build it, then :meth:`run`."""
 
-    def __init__(self, config: TrainConfig, *, dataset: Dataset | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, *, dataset: Dataset | None = None, processes: Processes | None = None
+    ) -> None:
         """
         Args:
             config: the run.
             dataset: already loaded; default: ``config.dataset`` is loaded.
+            processes: those that share the run, joined; default: this one alone.
 
         Raises:
             DataError, ValueError: the data cannot be read, an argument does not fit it, or the device is not there.
             BackendError: the backend cannot run there.
             MissingExtra: tensorboard is asked for and not installed.
+            ProcessError: the processes cannot work together.
         """
+        self.processes = processes = processes or Processes()
+        check_config(config, processes)
+        if not processes.first:
+            config = dataclasses.replace(config, quiet=True)
         self.config = config
         # what is not there or cannot run is refused before anything is written
-        self.device = devices.resolve(config.device, "TrainConfig", backend=config.backend)
+        device = devices.resolve(config.device, "TrainConfig", backend=config.backend)
+        self.device = own_device(processes, device, config.device)
         with _backend(config.backend):
             backends.choose(self.device, storage=config.relax_config().storage)
         if config.tensorboard:
@@ -61,20 +82,22 @@ class Trainer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if dataset is None:
-            dataset = load_dataset(
-                config.dataset,
-                root=config.data_root,
-                train_limit=config.train_limit,
-                test_limit=config.test_limit,
-                seed=config.seed,
-                data_cache=config.data_cache,
-                normalise=config.normalise,
-            )
+            with processes.local_first():
+                dataset = load_dataset(
+                    config.dataset,
+                    root=config.data_root,
+                    train_limit=config.train_limit,
+                    test_limit=config.test_limit,
+                    seed=config.seed,
+                    data_cache=config.data_cache,
+                    normalise=config.normalise,
+                )
         elif config.normalise is not None:
             dataset = dataclasses.replace(dataset, normalise=config.normalise)
         self.dataset = dataset
         self.learner = make_learner(config, dataset, self.device)
         self.model = self.learner.model
+        spread(processes, self.model)
         self.train = Batches(
             dataset,
             "train",
@@ -84,8 +107,17 @@ class Trainer:
             flip=config.flip,
             cutout=config.cutout,
             device=self.device,
+            shard=(processes.rank, processes.count),
         )
-        self.test = Batches(dataset, "test", batch_size=min(256, len(dataset.test_labels)), device=self.device)
+        self.test = Batches(
+            dataset,
+            "test",
+            batch_size=min(256 * processes.count, len(dataset.test_labels)),
+            device=self.device,
+            shard=(processes.rank, processes.count),
+        )
+        self.mean = GradientMean(processes)
+        self.agreement = Agreement(processes, ("stop", "preempted", "read"))
         self.advised: str | None = None
         self.optimizer = make_optimizer(self.learner, config)
         self.scheduler = make_scheduler(self.optimizer, config, config.epochs * len(self.train))
@@ -107,6 +139,20 @@ class Trainer:
         return train_epoch(self, progress)
 
     @property
+    def stopping(self) -> bool:
+        """The run ends before the next batch: a signal asked for it, in several processes in any of them."""
+        return self.agreement.agreed["stop"] if self.processes.several else self.stop_asked
+
+    def ask(self, *, read: bool) -> None:
+        """Begin to agree, while a batch is computed, on what all processes do after it."""
+        self.agreement.ask(stop=self.stop_asked, preempted=self.stop_signal == PREEMPTED, read=read)
+
+    def learn(self, batch: Batch) -> tuple[StepResult, int]:
+        """Gradients of a batch into ``.grad``; of all processes together its result and its number of images."""
+        total = min(self.config.batch_size, len(self.train.labels) - batch.number * self.config.batch_size)
+        return shared_step(self.learner, batch, total, self.mean), total
+
+    @property
     def step(self) -> int:
         """Finished steps of the run, over all epochs, with those that were left out."""
         return self.epoch * len(self.train) + self.partial.batches
@@ -118,7 +164,8 @@ class Trainer:
         return every > 0 and step % every == 0 and batches < len(self.train)
 
     def save(self) -> None:
-        """Write a checkpoint into the run's folder, unless the newest one is of this very step.
+        """Write a checkpoint into the run's folder, unless the newest one is of this very step; of several processes
+        the first one does.
 
         Raises:
             Diverged: a weight is not finite; nothing is written.
@@ -128,24 +175,28 @@ class Trainer:
         if self.folder is None or here == self._saved:
             return
         check_weights(self)
-        checkpoint.save(self.folder.path, self.state(), keep=self.config.keep_checkpoints)
+        if self.processes.first:
+            checkpoint.save(self.folder.path, self.state(), keep=self.config.keep_checkpoints)
         self._saved = here
 
     def evaluate(self) -> float:
         """Accuracy on the test images, at the free equilibrium."""
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for images, labels in self.test.epoch(0):
-            z, _ = self.learner.predict(images)
-            correct += (z.argmax(1) == labels).sum()
-        return int(correct) / len(self.dataset.test_labels)
+            if len(labels):  # fewer images than processes leave some without
+                z, _ = self.learner.predict(images)
+                correct += (z.argmax(1) == labels).sum()
+        return int(self.processes.sum(correct)) / len(self.dataset.test_labels)
 
     def look(self, progress: Progress) -> dict[str, Any]:
         """How well the free phase converges on some test images, per layer, for the row of metrics; a note when it
         does not, which says what to change (once for the same advice)."""
         learner = self.learner
-        if not isinstance(learner, NetworkLearner) or self.config.method == "backprop":
+        if not self.processes.first or not isinstance(learner, NetworkLearner) or self.config.method == "backprop":
             return {}
         images, labels = (t[:PROBE] for t in next(self.test.epoch(0)))
+        if not len(images):  # fewer of them than processes
+            return {}
         relax = self.config.evaluation_config()
         stability = diagnose(learner.network, learner.model.tensors(), images, relax)
         found = advice(stability, relax, learner.network)
@@ -180,6 +231,7 @@ class Trainer:
         """
         status, failure = "finished", None
         self.folder = folder
+        shown = self.config.tensorboard and self.processes.first
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with (
@@ -187,7 +239,7 @@ class Trainer:
             devices.in_force(self.device, tf32=self.config.operands == "tf32"),
             folder.in_use(),
             stop_on_signals(self),
-            open_board(self.config.tensorboard, folder.path, after_step=self.epoch * len(self.train)) as board,
+            open_board(shown, folder.path, after_step=self.epoch * len(self.train)) as board,
             Progress(self.config.epochs, quiet=self.config.quiet) as progress,
         ):
             progress.note(headline(self))
@@ -208,6 +260,7 @@ class Trainer:
                     except Diverged as error:
                         progress.note(go_back(self, folder, error))
                         continue
+                    check_alike(self.processes, self.model)
                     row |= self.look(progress)
                     last = self.epoch == self.config.epochs
                     if last or self.epoch % self.config.evaluate_every == 0:
@@ -221,23 +274,28 @@ class Trainer:
                     self.save()
             except (Stopped, KeyboardInterrupt) as error:
                 status = "interrupted"
+                if self.processes.several:
+                    self.stop_signal = PREEMPTED if self.agreement.agreed["preempted"] else "SIGTERM"
                 try:
                     if isinstance(error, Stopped):  # between two batches: the weights are whole
                         self.save()
                 except Diverged as found:
                     status, failure = "diverged", found
                 where = f"{self.epoch} of {self.config.epochs} epochs and {self.partial.batches} batches"
-                resumable = checkpoint.existing(folder.path)
-                then = f"continue with: ep-train resume {folder.path}" if resumable else "nothing was kept"
-                progress.note(f"stopped after {where}; {then}")
+                progress.note(f"stopped after {where}; {what_is_left(folder)}")
+            except LostContact as error:
+                raise LostContact(f"{error}; {what_is_left(folder)}") from error
             except (Diverged, ep_kernels.ConvergenceError) as error:
                 status, failure = "diverged", error
             summary = summarise(self, status)
             folder.write_summary(summary)
-            if self.rows:
+            if self.rows and self.processes.first:
                 plot_curves(self.rows, folder.path / "curves.png", title=headline(self))
+            if isinstance(failure, ep_kernels.ConvergenceError):
+                raise failure  # of this process's images: the others are told by its end
+            self.processes.meet()  # nobody leaves while the first one still writes
             if failure is not None:
-                raise failure
+                raise failure if self.processes.first else FirstFailed(str(failure))
             progress.note(closing(summary, folder))
         return summary
 
@@ -278,6 +336,28 @@ class Trainer:
             self._saved = (self.folder, self.step, self.rollbacks)
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise checkpoint.CheckpointError(f"the checkpoint does not fit config.json: {error}") from error
+
+
+def what_is_left(folder: RunFolder) -> str:
+    """Of a run that did not end: how to go on."""
+    resumable = checkpoint.existing(folder.path)
+    return f"continue with: ep-train resume {folder.path}" if resumable else "nothing was kept"
+
+
+def check_config(config: TrainConfig, processes: Processes) -> None:
+    """Raise ValueError for options that several processes cannot serve."""
+    if not processes.several:
+        return
+    if config.warm_start:
+        raise ValueError(
+            f"TrainConfig: argument 'warm_start': expected none with {processes.count} processes (an image goes to "
+            "another process in every epoch, its last equilibrium stays where it was)"
+        )
+    if config.batch_size < processes.count:
+        raise ValueError(
+            f"TrainConfig: argument 'batch_size': expected at least {processes.count}, an image for each process, got "
+            f"{config.batch_size}"
+        )
 
 
 def new_folder(config: TrainConfig) -> RunFolder:

@@ -112,7 +112,8 @@ def _dataset(config: EvalConfig, trained: Trained) -> Dataset:
     """The run's own, with its limits and the images that its seed held out, or another one whole."""
     own = trained.config
     if config.dataset is not None:
-        return load_dataset(config.dataset, root=config.data_root, seed=own.seed, data_cache=own.data_cache)
+        cache = own.data_cache if config.dataset.startswith("folder:") else "memory"
+        return load_dataset(config.dataset, root=config.data_root, seed=own.seed, data_cache=cache)
     return load_dataset(
         own.dataset,
         root=config.data_root or own.data_root,
