@@ -229,7 +229,8 @@ class Trainer:
             ConvergenceError: a free phase ended above ``tol``, with ``on_fail`` raise (likewise).
             CheckpointError, RunFolderError: a file cannot be written; the last good checkpoint is as it was.
         """
-        status, failure = "finished", None
+        status = "finished"
+        failure: Exception | None = None
         self.folder = folder
         shown = self.config.tensorboard and self.processes.first
         if self.device.type == "cuda":
