@@ -32,13 +32,13 @@ def equilibrium(
         states, _, residuals = torch.ops.ep_kernels.equilibrium(x, weights, feedback, biases, key, backend, nodes, keep)
         return states, residuals
     counts = (1, len(weights), len(feedback), len(biases))
-    out = _Equilibrium.apply(key, backend, tuple(nodes), keep, counts, x, *weights, *feedback, *biases)
+    out = _Equilibrium.apply(key, backend, tuple(nodes), keep, counts, x, *weights, *feedback, *biases)  # type: ignore[no-untyped-call]
     return out[: len(nodes)], out[-1]
 
 
 class _Equilibrium(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         key: str, backend: str, nodes: tuple[int, ...], keep: bool, counts: tuple[int, ...], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         (x,), weights, feedback, biases = _grouped(tensors, counts)
@@ -64,7 +64,7 @@ class _Equilibrium(torch.autograd.Function):
             return (None,) * (5 + len(needs))
         asked = bool(needs[0]), any(needs[1:])
         nodes = ctx.nodes, tuple(given)
-        found = _Gradients.apply(
+        found = _Gradients.apply(  # type: ignore[no-untyped-call]
             ctx.key, ctx.backend, *nodes, *asked, (*ctx.counts, len(given)), *ctx.saved_tensors, *given.values()
         )
         return (None,) * 5 + _placed(found, needs, *asked)
@@ -82,7 +82,7 @@ class _Gradients(torch.autograd.Function):
     """The nudged phases, as a function of its own to say why it has no derivative."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         key: str,
         backend: str,
         nodes: tuple[int, ...],
