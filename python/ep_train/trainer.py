@@ -335,7 +335,7 @@ class Trainer:
             if not (0 <= self.partial.batches < batches and self.step == state["step"]):
                 raise ValueError(f"it is of step {state['step']}, here {self.step} with {batches} batches an epoch")
             self._saved = (self.folder, self.step, self.rollbacks)
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise checkpoint.CheckpointError(f"the checkpoint does not fit config.json: {error}") from error
 
 
