@@ -81,6 +81,7 @@ def questions() -> dict[str, Question]:
         roofline,
         sanitizer,
         scaling,
+        solver,
         sweep,
         train_batch,
     )
@@ -94,6 +95,7 @@ def questions() -> dict[str, Question]:
         memory_vs_steps,
         quality_vs_time,
         precision,
+        solver,
         relax_step,
         drive,
         contrast,
