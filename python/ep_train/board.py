@@ -46,22 +46,28 @@ class Board:
         """
         Args:
             folder: of the events.
-            after_step: where a resumed run goes on: TensorBoard drops what was written later than that.
+            after_step: where a run begins or goes on: TensorBoard drops what was written later than that.
 
         Raises:
             MissingExtra: tensorboard is not installed.
         """
-        module = require_tensorboard()
-        self._writer = module.SummaryWriter(str(folder), purge_step=after_step + 1 if after_step else None)
+        self._folder = folder
+        self._last = after_step
+        self._writer = self._after(after_step)
 
     def write(self, row: Mapping[str, Any], states: Mapping[int, Tensor]) -> None:
-        """One epoch, and flush it to the disk.
+        """One epoch, and flush it to the disk. What was written of this step and later ones, before the run went back
+        to an earlier checkpoint, is dropped.
 
         Args:
             row: of metrics.jsonl, with ``step``; what is None or not there is left out.
             states: by node, of some images.
         """
         step = int(row["step"])
+        if step <= self._last:
+            self._writer.close()
+            self._writer = self._after(step - 1)
+        self._last = step
         for tag, value in scalars(row):
             self._writer.add_scalar(tag, value, step)
         for node, state in states.items():
@@ -70,6 +76,9 @@ class Board:
             if values.size:
                 self._writer.add_histogram(f"states/layer_{node}", values, step, bins=BINS)
         self._writer.flush()
+
+    def _after(self, step: int) -> Any:
+        return require_tensorboard().SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def close(self) -> None:
         """Write what is left, and close the file."""

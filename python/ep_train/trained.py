@@ -125,7 +125,7 @@ def load_trained(
         ValueError: the device is not there; ``free_steps`` below 1, or given for what has no free phase.
     """
     config = config_from_json(path / "config.json")
-    state = checkpoint.load(path)  # the one place where these commands read weights
+    state = checkpoint.model_of(path)  # the one place where these commands read weights
     where = devices.resolve(device, "load_trained", backend=backend)
     try:
         kept, shape = state["normalisation"], tuple(state["image_shape"])

@@ -79,6 +79,7 @@ def test_a_resumed_run_goes_on_without_a_step_twice(tmp_path: Path) -> None:
     first = shown(run)
     assert [step for step, _ in first["loss/train"]] == [5, 10, 15]
     # as if it had been killed after its third epoch, before any checkpoint of the second was written
+    shutil.rmtree(run / "checkpoints")
     shutil.copytree(kept, run, dirs_exist_ok=True)
     resume(run, epochs=3, quiet=True)
     again = shown(run)
@@ -87,6 +88,22 @@ def test_a_resumed_run_goes_on_without_a_step_twice(tmp_path: Path) -> None:
     assert {tag: [step for step, _ in values] for tag, values in again.items()} == {
         tag: [step for step, _ in values] for tag, values in first.items()
     }
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(TrainConfig(**OPTIONS, epochs=1, tensorboard=True, out=run))
+    shutil.rmtree(run / "checkpoints")
+    resume(run, quiet=True)
+    assert shown(run) == expected(run)
+
+
+def test_a_run_that_goes_back_drops_what_came_later(tmp_path: Path) -> None:
+    board = Board(tmp_path / "tensorboard")
+    for step, loss in ((5, 1.0), (10, 2.0), (15, 3.0), (10, 4.0), (15, 5.0)):
+        board.write({"step": step, "train_loss": loss}, {})
+    board.close()
+    assert shown(tmp_path)["loss/train"] == [(5, 1.0), (10, 4.0), (15, 5.0)]
 
 
 def test_a_run_by_backprop_and_overwriting(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ from .output import replacing
 
 SUFFIXES = {"module": ".py", "torch-export": ".pt2", "onnx": ".onnx"}
 BATCHES = (1, 5)  # the sizes that a written file is checked with; it is traced with another
-ANY_BATCH = ({0: torch.export.Dim("batch")},)
 FOOTER = '''
 
 SPEC = {spec}
@@ -138,7 +137,7 @@ def export(trained: Trained, to: str, out: Path, *, tolerance: float = 1e-4) -> 
             run = load_onnx(file)
             return None if run is None else _compared(trained, run, tolerance)
         with _torchs_own_business():
-            program = torch.export.export(module, (example,), dynamic_shapes=ANY_BATCH)
+            program = torch.export.export(module, (example,), dynamic_shapes=_any_batch())
             torch.export.save(program, file, extra_files={"about.json": json.dumps(about(trained))})
             read = torch.export.load(file).module()
         return _compared(trained, read, tolerance)
@@ -246,7 +245,7 @@ def write_onnx(module: nn.Module, example: Tensor, path: Path, information: dict
             (example,),
             input_names=["pixels"],
             output_names=["outputs"],
-            dynamic_shapes=ANY_BATCH,
+            dynamic_shapes=_any_batch(),
             dynamo=True,
             verbose=False,
         )
@@ -267,6 +266,11 @@ def load_onnx(path: Path) -> Callable[[Tensor], Tensor] | None:
         return torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
 
     return run
+
+
+def _any_batch() -> tuple[dict[int, Any]]:
+    """Of the one input; torch.export, which takes a while to import, is asked for only here."""
+    return ({0: torch.export.Dim("batch")},)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .. import durable
 from ..run_folder import to_json
 
 
@@ -33,6 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o644)  # mkstemp makes it private
         os.replace(temporary, path)
+        durable.sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

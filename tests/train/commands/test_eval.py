@@ -110,8 +110,8 @@ def test_what_cannot_be_evaluated(run: Path, tmp_path: Path, capsys: pytest.Capt
 def test_a_checkpoint_that_does_not_say_what_it_was_trained_on(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = checkpoint.load(run)
+    state = checkpoint.model_of(run)
     del state["class_names"]
-    monkeypatch.setattr(checkpoint, "load", lambda path: state)
+    monkeypatch.setattr(checkpoint, "model_of", lambda path: state)
     with pytest.raises(CheckpointError, match="older version: it has no 'class_names'"):
         load_trained(run, device="cpu")
