@@ -142,7 +142,7 @@ def newest_good(folder: Path, *, mmap: bool = False, scheduled: bool = False) ->
         if (folder / OLD).is_file():
             raise CheckpointError(
                 f"{folder / OLD}: a checkpoint of ep-train 0.1.0, whose runs this version does not continue: finish it "
-                "with that version, or start again (its weights still serve as a --teacher)"
+                "with that version, or start again (one of vgg11_bn to resnet18 still serves as a --teacher)"
             )
         when = "the first is written after an epoch, after --checkpoint-every steps, or when a run is stopped"
         raise CheckpointError(f"{folder / FOLDER}: expected a checkpoint, got none ({when})")
