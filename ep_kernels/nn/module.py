@@ -89,8 +89,8 @@ class EquilibriumNet(ParameterHolder):
                 their nodes directly.
 
         Raises:
-                ValueError: x does not fit. RuntimeError: vmap or forward-mode differentiation, from backward() a second
-                derivative.
+            ValueError: x does not fit.
+            RuntimeError: vmap or forward-mode differentiation; from backward(), a second derivative.
         """
         spec = self.network.heads if heads else self.network.heads[:1]
         states = self._settle(x, sorted({head.node for head in spec}))
