@@ -22,7 +22,7 @@ from . import cache
 from .network import Connection, Network
 from .relaxation import Contrast, Relaxation
 
-FORMAT = 1
+FORMAT = 2
 ROUNDS = 9
 ROUND_SECONDS = 5e-3  # length of one timed round
 WARMUP = 3  # calls: the first launches (and compiles), the second captures, the third replays

@@ -33,7 +33,7 @@ def recorded(p: Problem) -> tuple[Contrast, ...]:
 
 def job_of(layer: Layer) -> Contrast:
     """Of the connection into the layer."""
-    return recorded(layer.problem)[layer.below]
+    return next(job for job in recorded(layer.problem) if job.connection == layer.connection)
 
 
 def tensors_of(job: Contrast, dtype: torch.dtype) -> Tensors:

@@ -117,11 +117,12 @@ def test_a_key_in_words() -> None:
     with backends.recorded() as jobs:
         ep_gradients(network, p.parameters, p.x, p.targets, RelaxConfig(operands="tf32"), backend="reference")
     ends = "0:3x8x8>1:16x4x4/3x3s1x1p1x1max 1:16x4x4>2:8x4x4/3x3s1x1p1x1none"
+    downwards = " ".join(reversed(ends.split()))
     head = "cross_entropy10@2"
     assert [races.key_of(job) for job in jobs] == [
         f"relax n=2 phases=1 form=states operands=tf32 storage=None frozen=False order=1x2 {ends} {head}",
         f"relax n=4 phases=2 form=delta nudged operands=tf32 storage=None frozen=True order=2x1 {ends} {head}",
-        f"contrasts n=2 phases=2 operands=tf32 storage=float64 {ends}",
+        f"contrasts n=2 phases=2 operands=tf32 storage=float64 {downwards}",
     ]
 
 

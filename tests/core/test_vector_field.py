@@ -191,7 +191,7 @@ def test_each_weight_costs_one_product(estimator: Any, operands: Any, monkeypatc
     """And gets what one half of the contrast's two products gave before."""
     p = separate("skips, max")
     seen = []
-    monkeypatch.setattr(backends, "contrasts", lambda jobs, name: seen.extend(jobs) or real(jobs, "reference"))
+    monkeypatch.setattr(backends, "each_contrast", lambda jobs, name: seen.extend(jobs) or real(jobs, "reference"))
     config = replace(CONFIG, estimator=estimator, operands=operands)
     got, _ = ep_gradients(p.network, p.parameters, p.x, p.targets, config, backend="reference")
     assert all(job.source_delta is None for job in seen)
@@ -203,7 +203,7 @@ def test_each_weight_costs_one_product(estimator: Any, operands: Any, monkeypatc
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * float(theirs.abs().max()), msg=key)
 
 
-real = backends.contrasts
+real = backends.each_contrast
 
 
 def halves(job: Contrast) -> list[Contrast]:

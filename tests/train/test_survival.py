@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from ep_train import TrainConfig, Trainer, checkpoint, epoch, resume, train
+from ep_train.distributed import Processes
 from ep_train.run_folder import RunFolder, RunFolderError, read_metrics
 from ep_train.signals import stop_on_signals
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
@@ -140,7 +141,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 
 def test_signals_after_the_first() -> None:
-    trainer: Any = SimpleNamespace(stop_asked=False, stop_signal=None)
+    trainer: Any = SimpleNamespace(stop_asked=False, stop_signal=None, processes=Processes())
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     with stop_on_signals(trainer):
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):  # as a batch system sends them

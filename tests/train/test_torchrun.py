@@ -51,7 +51,7 @@ def workers(process: subprocess.Popen[str]) -> dict[int, int]:
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 90
     while not what():
         if process.poll() is not None:
             pytest.fail("\n".join(["it has ended:", *process.communicate()]))

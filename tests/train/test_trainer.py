@@ -116,9 +116,13 @@ def test_options_reach_the_relaxation() -> None:
         tol=1e-3,
         operands="bfloat16",
         storage="float16",
+        on_fail="ignore",
+        start="feedforward",
+        early_operands="float16",
+        early_steps=3,
     )
     relax = config.relax_config()
-    dtypes = {"operands": torch.bfloat16, "storage": torch.float16}
+    dtypes = {"operands": torch.bfloat16, "storage": torch.float16, "early_operands": torch.float16}
     for name, value in asdict(relax).items():
         assert value == dtypes.get(name, getattr(config, name)), name
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -193,12 +193,12 @@ def jobs_of(config: RelaxConfig = CONFIG, seed: int = 0) -> list[Contrast]:
     parameters = type(p.parameters).from_named(NET, {k: t.float() for k, t in p.parameters.named().items()})
     found: list[Contrast] = []
 
-    def record(jobs: Sequence[Contrast], name: str | None = None) -> list[tuple[Tensor, Tensor]]:
+    def record(jobs: Sequence[Contrast], name: str | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         found.extend(jobs)
-        return [gradients.contrast(job) for job in jobs]
+        return iter([gradients.contrast(job) for job in jobs])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "contrasts", record)
+        patch.setattr(backends, "each_contrast", record)
         ep_gradients(NET, parameters, p.x.float(), [t.float() for t in p.targets], config, backend="reference")
     return found
 
