@@ -251,12 +251,12 @@ def joined(processes: Processes) -> Iterator[None]:
         return
     with processes.contact():
         timeout = timedelta(seconds=processes.timeout)
-        store, rank, count = next(dist.rendezvous("env://", processes.rank, processes.count, timeout=timeout))
+        store, rank, count = next(dist.rendezvous("env://", processes.rank, processes.count, timeout=timeout))  # type: ignore[attr-defined]
         if os.environ.get("LOCAL_WORLD_SIZE") == str(count):
             # torchrun keeps one store over restarts: without this, the addresses of killed processes are found in it.
             # (On several machines the counts may differ, and each attempt has a store of its own.)
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(f"attempt-{attempt}", store)
+            store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
     log = logging.getLogger("ep_kernels")

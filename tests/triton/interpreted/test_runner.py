@@ -221,7 +221,7 @@ def test_contrasts_on_copies_are_those_of_the_tensors() -> None:
 
 
 def test_signatures_of_contrasts_differ() -> None:
-    jobs = jobs_of()
+    jobs = jobs_of()[::-1]  # from the bottom: the last one is the linear connection
     last = jobs[-1]
     changes: list[dict[str, Any]] = [
         {"source_gain": 2.0},
