@@ -40,12 +40,12 @@ def broken():
 @pytest.mark.parametrize("during", [8, 64])
 def test_only_the_work_counts(during):
     found = cpu_peak("tests.benchmarks.test_memory:peak_of", 100, during)
-    assert during * MIB <= found < (during + 6) * MIB
+    assert (during - 1) * MIB <= found < (during + 1) * MIB
 
 
 def test_what_is_given_back_does_not_add_up():
     few, many = (cpu_peak("tests.benchmarks.test_memory:steps_of", count) for count in (2, 40))
-    assert abs(many - few) < 4 * MIB
+    assert abs(many - few) < MIB
 
 
 def test_a_process_that_fails_says_why():
