@@ -166,7 +166,7 @@ class EquilibriumNet(ParameterHolder):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._key = key_of(self.network, self._config)  # the process may be another one
+        self._key = key_of(self.network, self._config)  # the file may be of another version
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise RuntimeError(

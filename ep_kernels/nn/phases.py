@@ -13,9 +13,12 @@ The second follows as the first does (Scellier & Bengio 2017): x is a parameter 
 
 from __future__ import annotations
 
-import hashlib
+import base64
+import json
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -31,6 +34,7 @@ from ..solver import free_phase, nudged_phase
 
 PEAK = 0.125  # bound of a normalised nudge
 LARGEST = 120  # exponents of the nudge's scale: a float32 holds 2^-120 and 2^120 with PEAK to spare
+KNOWN = 256  # networks and settings that are kept as objects; others are read from their keys again
 
 
 @dataclass(frozen=True)
@@ -50,20 +54,44 @@ class Dynamics:
     winners: tuple[int, ...]
 
 
-_known: dict[str, Dynamics] = {}
-
-
 def key_of(network: Network, config: RelaxConfig) -> str:
-    """Makes a network and its settings known to the ops of this process; returns the key by which they go."""
+    """The key by which the ops know a network, without its heads' losses, and its settings: both of them as text.
+
+    It says all by itself. So nothing is kept for graphs whose backward is still to come, nor for compiled or exported
+    code, which holds keys as constants; and any process can read it.
+    """
     body = replace(network, readout=Head(network.readout.node, None, "mse", weight=0.0), local_heads=())
+    text = json.dumps([asdict(body), config.to_dict()], default=float, separators=(",", ":"))
+    return base64.urlsafe_b64encode(zlib.compress(text.encode())).decode()  # no quotes: generated code quotes it
+
+
+@lru_cache(maxsize=KNOWN)
+def known(key: str) -> Dynamics:
+    """What a key of :func:`key_of` says.
+
+    Raises:
+        RuntimeError: it is none.
+    """
+    try:
+        body, settings = json.loads(zlib.decompress(base64.urlsafe_b64decode(key)))
+        config = RelaxConfig.from_dict(settings)
+        body["readout"] = Head(**body["readout"])
+        body["connections"] = [
+            Connection(**{name: tuple(v) if isinstance(v, list) else v for name, v in conn.items()})
+            for conn in body["connections"]
+        ]
+        network = Network(**body)
+    except (ValueError, TypeError, LookupError, AttributeError, zlib.error) as error:
+        raise RuntimeError(
+            f"ep_kernels::equilibrium: argument 'key': expected one that ep_kernels.nn.phases.key_of has made, got "
+            f"{key[:80]!r}"
+        ) from error
     nudge = replace(config, linear_nudge=True)
     phases: tuple[tuple[float, RelaxConfig], ...] = ((1.0, nudge),)
     if config.estimator == "five_phase":
         phases = ((4 / 3, nudge), (-1 / 3, replace(nudge, beta=2 * config.beta)))
     pooled = tuple(c for c, conn in enumerate(network.connections) if conn.pool == "max")
-    key = hashlib.sha256(repr((body, config)).encode()).hexdigest()
-    _known[key] = Dynamics(body, config, phases, pooled)
-    return key
+    return Dynamics(network, config, phases, pooled)
 
 
 def free_states(
@@ -227,11 +255,3 @@ def _input_gradient(
 def dense(t: Tensor) -> Tensor:
     """The tensor in the memory layout that the ops promise: channels_last maps."""
     return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.contiguous_format)
-
-
-def known(key: str) -> Dynamics:
-    if key not in _known:
-        raise RuntimeError(
-            f"ep_kernels::equilibrium: argument 'key': expected that of a network in this process, got {key!r}"
-        )
-    return _known[key]

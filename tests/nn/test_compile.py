@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ep_kernels import EquilibriumNet, Network, RelaxConfig, backend
+from ep_kernels import EquilibriumNet, Head, Network, RelaxConfig, backend
 from ep_kernels.nn import phases
 from tests.core.nets import VARIANTS
 
@@ -115,9 +116,40 @@ def test_opcheck(index: int) -> None:
 
 def test_a_key_of_another_process() -> None:
     x, *rest = next(samples())
-    rest[3] = "0" * 64
-    with pytest.raises(RuntimeError, match="argument 'key': expected that of a network in this process, got '000"):
-        torch.ops.ep_kernels.equilibrium(x, *rest)
+    want = torch.ops.ep_kernels.equilibrium(x, *rest)[0]
+    phases.known.cache_clear()  # as there
+    got = torch.ops.ep_kernels.equilibrium(x, *rest)[0]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for odd in ("0" * 64, "key", "", rest[3][:-8], "é"):
+        rest[3] = odd
+        with pytest.raises(RuntimeError, match=f"argument 'key': expected one .* made, got '{odd[:64]}"):
+            torch.ops.ep_kernels.equilibrium(x, *rest)
+
+
+def test_a_key_says_everything() -> None:
+    for name, network in VARIANTS.items():
+        for config in (CONFIG, RelaxConfig(operands=torch.float16, storage=torch.float16, estimator="five_phase")):
+            dynamics = phases.known(phases.key_of(network, config))
+            head = Head(network.readout.node, None, "mse", weight=0.0)
+            assert dynamics.network == replace(network, readout=head, local_heads=()), name
+            assert dynamics.free == config
+
+
+def test_a_compiled_graph_outlives_its_settings() -> None:
+    """Backward after other settings have come, and none is known any more."""
+    model = Mixed(EquilibriumNet(NETWORK, CONFIG, seed=0))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    want = found(model, compiled, 3)
+    x, y = batch(3)
+    model.zero_grad()
+    loss = F.cross_entropy(compiled(x), y)
+    model.net.config = replace(CONFIG, free_steps=1)
+    phases.known.cache_clear()
+    gc.collect()
+    loss.backward()
+    for a, p in zip(want[1:], model.parameters(), strict=True):
+        assert p.grad is not None
+        assert torch.equal(a, p.grad)
 
 
 def test_the_op_refuses_what_it_cannot_do() -> None:

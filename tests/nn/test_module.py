@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import resource
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ep_kernels
 from ep_kernels import ConvergenceError, EquilibriumNet, Head, Network, RelaxConfig, backend, ep_gradients, targets_for
-from ep_kernels.nn import initial_parameters
+from ep_kernels.nn import initial_parameters, phases
 from ep_train.models import Model
 
 NETWORK = Network.chain((1, 8, 8), [4, 6], ["max", "none"], classes=3)
@@ -125,6 +126,22 @@ def test_settings_may_change_between_batches() -> None:
     after.sum().backward()
     with pytest.raises(ValueError, match="argument 'config': expected a RelaxConfig, got dict"):
         net.config = {}  # type: ignore[assignment]
+
+
+def test_settings_that_are_gone_are_not_kept() -> None:
+    """However often they change; what has gone forward with earlier ones still goes backward with those."""
+    net, (x, y) = make(), batch()
+    want = of_loss(net, x, y)
+    net.zero_grad()
+    first = F.cross_entropy(net(x), y)
+    for step in range(1, 400):
+        net.config = replace(TANGENT, beta=1e-3 + 1e-6 * step, free_steps=1)
+        with torch.no_grad():
+            net(x[:1])
+    gc.collect()
+    assert sum(type(found) is phases.Dynamics for found in gc.get_objects()) < 300
+    first.backward()
+    same(gradients(net), want, 0)
 
 
 # --- training loops ---------------------------------------------------------------------------------------------------
