@@ -18,6 +18,9 @@ ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus,
     nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Sigmoid, nn.Tanh,
 )  # fmt: skip
+KINDS = (
+    nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, *ACTIVATIONS
+)  # fmt: skip
 WHY_NOT: dict[type[nn.Module], str] = {
     nn.modules.batchnorm._NormBase: "it has no place in the energy; fold it into the convolution before it "
     "(torch.nn.utils.fusion.fuse_conv_bn_eval), or leave it out",
@@ -59,7 +62,8 @@ def convert(
 
     Args:
         module: of Conv2d, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Flatten, Linear, Identity, activations, and
-            sequential networks of these.
+            sequential networks of these: no subclasses, which may compute something else, and without forward hooks,
+            parametrizations and weights that are computed from others (weight_norm, spectral_norm, pruning).
         input_shape: (C, H, W) or (F,) of one sample.
         readout: ``softmax``: the last module is a Linear and becomes the readout, which returns logits, outside the
             dynamics; ``mse``: every layer is in the dynamics, and the outputs are the states of the last one.
@@ -82,15 +86,13 @@ def convert(
     if len(shape) not in (1, 3) or min(shape) < 1:
         raise ValueError(f"convert: argument 'input_shape': expected (C, H, W) or (F,), positive, got {shape}")
     chain = _Chain([shape], flat=len(shape) == 1)
-    parts = [(name, part) for name, part in _leaves(module) if not isinstance(part, nn.Identity)]
+    parts = [(name, part) for name, part in _leaves(module) if type(part) is not nn.Identity]
     last = parts[-1] if readout == "softmax" and parts else None
     if last is not None:
-        if not isinstance(last[1], nn.Linear):
+        if type(last[1]) is not nn.Linear:
+            _check_kind(*last)
             _fail(*last, "a Linear at the end, the readout; readout='mse' makes the last states the outputs")
         parts.pop()
-    for name, part in [*parts, *([last] if last is not None else [])]:
-        if nn.utils.parametrize.is_parametrized(part):
-            _fail(name, part, "no parametrization (torch.nn.utils.parametrize.remove_parametrizations)")
     for name, part in parts:
         _read(chain, name, part)
     if not chain.layers:
@@ -115,12 +117,41 @@ def convert(
 
 
 def _leaves(module: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules in the order of their calls, once it is known that nothing else happens on the way."""
+    _check_plain(prefix[:-1], module)
+    if type(module).forward is not nn.Sequential.forward:
+        _fail(prefix[:-1], module, "the forward of nn.Sequential: put its modules into a plain one")
     for name, child in module._modules.items():  # named_children leaves out what comes a second time
         assert child is not None
         if isinstance(child, nn.Sequential):
             yield from _leaves(child, f"{prefix}{name}.")
         else:
+            _check_plain(prefix + name, child)
             yield prefix + name, child
+
+
+def _check_plain(name: str, part: nn.Module) -> None:
+    """Refuse a module that does more than its class says: the net would not."""
+    if nn.utils.parametrize.is_parametrized(part):
+        _fail(name, part, "no parametrization (torch.nn.utils.parametrize.remove_parametrizations)")
+    if part._forward_pre_hooks or part._forward_hooks:
+        _fail(name, part, "no forward hooks, which the net would not run: take them off by their handles; those of "
+            "weight_norm, spectral_norm and pruning with torch.nn.utils.remove_weight_norm, remove_spectral_norm and "
+            "prune.remove")  # fmt: skip
+    for leaf in ("weight", "bias"):
+        if isinstance(getattr(part, leaf, None), Tensor) and leaf not in part._parameters:
+            _fail(name, part, f"a {leaf} that is a parameter of its own, not one computed from others: assign it as an "
+                "nn.Parameter")  # fmt: skip
+
+
+def _check_kind(name: str, part: nn.Module) -> None:
+    """Refuse a subclass of what has a counterpart."""
+    if type(part) in KINDS:
+        return
+    for kind in KINDS:
+        if isinstance(part, kind):
+            own = kind.__name__
+            _fail(name, part, f"{own} itself, not a subclass, which may compute something else: replace it by a {own}")
 
 
 def _read(chain: _Chain, name: str, part: nn.Module) -> None:
@@ -136,22 +167,23 @@ def _read(chain: _Chain, name: str, part: nn.Module) -> None:
         chain.shapes.append((part.out_features,))
         chain.layers.append(part)
         chain.fresh, chain.active = False, False
-    elif isinstance(part, (nn.MaxPool2d, nn.AvgPool2d)):
+    elif type(part) is nn.MaxPool2d or type(part) is nn.AvgPool2d:
         _pooling(chain, name, part)
-    elif isinstance(part, nn.AdaptiveAvgPool2d):
+    elif type(part) is nn.AdaptiveAvgPool2d:
         size = part.output_size if isinstance(part.output_size, tuple) else (part.output_size,) * 2
         if chain.flat or size[0] is None or size[0] != size[1]:
             _fail(name, part, "a square output of a map")
         chain.pooled = int(size[0])
-    elif isinstance(part, nn.Flatten):
+    elif type(part) is nn.Flatten:
         if (part.start_dim, part.end_dim) != (1, -1):
             _fail(name, part, "start_dim=1, end_dim=-1")
         chain.flat, chain.fresh = True, False
-    elif isinstance(part, ACTIVATIONS):
+    elif type(part) in ACTIVATIONS:
         if chain.active:
             _fail(name, part, "one activation behind each Conv2d or Linear, and none before the first")
         chain.active = True
     else:
+        _check_kind(name, part)
         for kind, reason in WHY_NOT.items():
             if isinstance(part, kind):
                 _fail(name, part, f"no such module: {reason}")
@@ -242,4 +274,5 @@ def _copy(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> None:
 
 def _fail(name: str, part: nn.Module, expected: str) -> NoReturn:
     kind = type(part).__name__
-    raise ValueError(f"convert: argument 'module': at '{name}': expected {expected}, got {kind}({part.extra_repr()})")
+    where = f"at '{name}': " if name else ""  # else the argument itself
+    raise ValueError(f"convert: argument 'module': {where}expected {expected}, got {kind}({part.extra_repr()})")

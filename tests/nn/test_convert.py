@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from ep_kernels import EquilibriumNet, RelaxConfig
 from ep_kernels.nn import convert
@@ -113,6 +115,55 @@ class Strange2d(nn.Conv2d):
     pass
 
 
+class StrangeLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class StrangePool(nn.MaxPool2d):
+    pass
+
+
+class StrangeReLU(nn.ReLU):
+    pass
+
+
+class StrangeFlatten(nn.Flatten):
+    pass
+
+
+class StrangeIdentity(nn.Identity):
+    pass
+
+
+class StrangeSequential(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)
+        return -out
+
+
+def old(norm: Any, module: nn.Module) -> nn.Module:
+    """With one of torch's older norms, which says that it is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made: nn.Module = norm(module)
+    return made
+
+
+def hooked(module: nn.Module, kind: str = "forward_pre_hook") -> nn.Module:
+    getattr(module, f"register_{kind}")(lambda *_: None)
+    return module
+
+
+def computed() -> nn.Module:
+    """A weight that is no parameter, as norms of other libraries leave it."""
+    module = nn.Linear(2 * 6 * 6, 3)
+    weight = module.weight.detach()
+    del module.weight
+    module.weight = weight  # type: ignore[assignment]
+    return module
+
+
 SQUARE = nn.Conv2d(1, 1, 1)
 CONV, LINEAR = nn.Conv2d(1, 2, 3), nn.Linear(2 * 6 * 6, 3)
 
@@ -148,7 +199,20 @@ CONV, LINEAR = nn.Conv2d(1, 2, 3), nn.Linear(2 * 6 * 6, 3)
         ([nn.Sequential(CONV, Strange()), LINEAR], "at '0.1': expected"),
         ([SQUARE, SQUARE, nn.Flatten(), LINEAR], "at '1': expected weights of its own, not those of an earlier layer"),
         ([nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 2, 3)), LINEAR], "at '0': expected no parametrization"),
-        ([Strange2d(1, 2, 3), LINEAR], "at '0': expected Conv2d, .* got Strange2d"),
+        ([Strange2d(1, 2, 3), LINEAR], "at '0': expected Conv2d itself, not a subclass.* by a Conv2d, got Strange2d"),
+        ([CONV, StrangePool(2), LINEAR], "at '1': expected MaxPool2d itself, not a subclass.* got StrangePool"),
+        ([CONV, StrangeReLU(), nn.Flatten(), LINEAR], "at '1': expected ReLU itself, not a subclass"),
+        ([CONV, StrangeFlatten(), LINEAR], "at '1': expected Flatten itself, not a subclass"),
+        ([CONV, StrangeIdentity(), nn.Flatten(), LINEAR], "at '1': expected Identity itself, not a subclass"),
+        ([CONV, nn.Flatten(), StrangeLinear(72, 3)], "at '2': expected Linear itself, not a subclass.* by a Linear, got"),
+        ([StrangeSequential(CONV, nn.ReLU()), nn.Flatten(), LINEAR], "at '0': expected the forward of nn.Sequential: "),
+        ([old(nn.utils.weight_norm, nn.Conv2d(1, 2, 3)), LINEAR], "at '0': expected no forward .*remove_weight_norm"),
+        ([CONV, nn.Flatten(), old(nn.utils.spectral_norm, nn.Linear(72, 3))], "at '2': .* remove_spectral_norm"),
+        ([CONV, nn.Flatten(), prune.l1_unstructured(nn.Linear(72, 3), "weight", 0.5)], "at '2': .* prune.remove"),
+        ([hooked(nn.Conv2d(1, 2, 3)), nn.Flatten(), LINEAR], "at '0': expected no forward hooks.* got Conv2d"),
+        ([CONV, hooked(nn.Identity(), "forward_hook"), nn.Flatten(), LINEAR], "at '1': expected no forward hooks"),
+        ([hooked(nn.Sequential(CONV, nn.ReLU())), nn.Flatten(), LINEAR], "at '0': expected no forward hooks"),
+        ([CONV, nn.Flatten(), computed()], "at '2': expected a weight that is a parameter of its own, .* nn.Parameter"),
     ],
 )  # fmt: skip
 def test_the_offending_module_is_named(modules: list[nn.Module], message: str) -> None:
@@ -156,10 +220,23 @@ def test_the_offending_module_is_named(modules: list[nn.Module], message: str) -
         convert(nn.Sequential(*modules), (1, 8, 8))
 
 
+def test_what_was_taken_off_is_no_hindrance() -> None:
+    module = plain().double()
+    want = convert(module, (2, 8, 9))(x := torch.rand(2, 2, 8, 9, dtype=torch.float64))
+    for put, remove in (
+        (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+        (lambda layer: prune.identity(layer, "weight"), lambda layer: prune.remove(layer, "weight")),
+    ):
+        remove(old(put, module[7]))
+        torch.testing.assert_close(convert(module, (2, 8, 9))(x), want)
+
+
 def test_arguments_that_do_not_fit() -> None:
     wrong: Any = nn.ModuleList()
     with pytest.raises(ValueError, match=r"argument 'module': expected an nn\.Sequential, got ModuleList"):
         convert(wrong, (1, 8, 8))
+    with pytest.raises(ValueError, match=r"argument 'module': expected no forward hooks.* got Sequential"):
+        convert(hooked(plain()), (2, 8, 9))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="argument 'readout': expected 'softmax' or 'mse', got 'logits'"):
         convert(plain(), (2, 8, 9), readout="logits")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"argument 'input_shape': expected \(C, H, W\) or \(F,\), positive"):
