@@ -41,23 +41,32 @@ def free_phase(
 ) -> Equilibrium:
     """Relax with beta = 0 from zero states, or from ``states``, for ``free_steps`` sweeps.
 
+    A sweep updates every node once, in the order of the schedule (docs/concepts.md; Scellier & Bengio 2017, with the
+    feedback gain k):
+
+        a^l  = b^l + sum_{c into l} drive_c + sum_{c out of l} k^(level(dst) - level(l)) W_c^T * P_c^-1(s^dst)
+        s^l <- (1 - eta) s^l + eta clip(gamma a^l, lo, hi)
+
+    Sweeps after the first move a state omega times as far, within the box (``over_relaxation``).
+
     Args:
         network: what is relaxed.
         parameters: its tensors.
-        x: the clamped input, [B, C, H, W] or [B, F].
+        x: the clamped input, [B, C, H, W] or [B, F], in the dtype and on the device of the parameters.
         config: how; default: ``RelaxConfig()``.
-        states: warm start, per node (index 0 is not read), in x's dtype or float16; the config's ``start`` is then not
-            read.
+        states: warm start, per node [B, ...] (index 0 is not read), in x's dtype or float16; the config's ``start`` is
+            then not read.
         keep: keep what the nudged phases need (preactivations, up-to-date winners).
         backend: name; None is the current one (:func:`ep_kernels.backend`).
 
     Returns:
-        The equilibrium: states, the residual of every sample, and (when asked for) steps, ``converged`` and a
-        ``message`` that says what to change.
+        The equilibrium: states [B, ...] per node, the residual [B] of every sample, and (when asked for) steps,
+        ``converged`` and a ``message`` that says what to change.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device.
         ConvergenceError: a residual is above ``tol`` at the end, with ``on_fail="raise"``.
+        BackendError: a backend asked for by name cannot run, with the reason.
     """
     config = config or RelaxConfig()
     _check_input("free_phase", network, parameters, x)
@@ -90,12 +99,33 @@ def nudged_phase(
 ) -> Nudged:
     """Relax with ±beta for ``nudged_steps`` sweeps from a free equilibrium found with ``keep=True``.
 
+    The steps of :func:`free_phase` with one more term, the nudge of all heads' losses L (Scellier & Bengio 2017; both
+    signs: Laborieux et al. 2021):
+
+        a^l = (as there) - beta k^(N - level(l)) dL/ds^l
+
+    In the delta form (docs/concepts.md) the unknown is ``d^l = s^l - s_free^l``, times a power of two per node; with
+    ``estimator="tangent"`` it is the derivative of the states by beta. ``coupled`` and ``contrastive`` clamp the output
+    units in place of their nudge.
+
     Args:
-        targets: per head, [B, ...] in the shape of its output: probabilities (one-hot labels) or values.
+        network: what was relaxed.
+        parameters: the tensors that the free phase used.
+        equilibrium: of :func:`free_phase` with ``keep=True``, of B samples.
+        targets: per head (readout, then local heads), [B, ...] in the shape of its output: probabilities (one-hot
+            labels) or values.
+        config: as of the free phase; default: ``RelaxConfig()``.
         extra: by node, dL/ds of further losses per sample, [B, ...], held constant through the phase.
+        backend: name; None is the current one (:func:`ep_kernels.backend`).
+
+    Returns:
+        Deltas per node, [2B, ...] (+beta first) or, of one phase, [B, ...]; their scales, and the residual of every
+        sweep.
 
     Raises:
-        ValueError: an equilibrium without ``keep``; targets or extra of the wrong shape.
+        ValueError: an equilibrium without ``keep``; targets or extra of the wrong shape, dtype or device; an estimator
+            that does not fit the readout or the feedback weights.
+        BackendError: a backend asked for by name cannot run, with the reason.
     """
     config = config or RelaxConfig()
     extra = dict(extra or {})
@@ -192,7 +222,32 @@ def ep_gradients(
     extra: Mapping[int, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Parameters, Equilibrium]:
-    """One EP step: free phase, nudged phases, contrast. Returns the gradients and the free equilibrium."""
+    """One EP step: :func:`free_phase`, :func:`nudged_phase` and :func:`contrast_gradients` in a row.
+
+        dL/dW_c = -k^(level(dst) - N) ( d<s^dst, drive_c>/dW at s(+beta) - the same at s(-beta) ) / (2 beta)
+
+    averaged over the batch (Scellier & Bengio 2017; the symmetric estimator: Laborieux et al. 2021; others:
+    ``RelaxConfig.estimator``). L is the loss of all heads, each times its weight.
+
+    Args:
+        network: what is trained.
+        parameters: its tensors.
+        x: the clamped input, [B, C, H, W] or [B, F], in the dtype and on the device of the parameters.
+        targets: per head (readout, then local heads), [B, ...] in the shape of its output: probabilities (one-hot
+            labels, as of :func:`targets_for`) or values.
+        config: of both phases; default: ``RelaxConfig()``.
+        states: warm start of the free phase, per node [B, ...] (index 0 is not read).
+        extra: by node, dL/ds of further losses per sample, [B, ...], held constant through the nudged phases.
+        backend: name; None is the current one (:func:`ep_kernels.backend`).
+
+    Returns:
+        The gradients of the batch-mean loss, in the structure and shapes of ``parameters``, and the free equilibrium.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device; an estimator that does not fit the network.
+        ConvergenceError: the free phase ended above ``tol``, with ``on_fail="raise"``.
+        BackendError: a backend asked for by name cannot run, with the reason.
+    """
     config = config or RelaxConfig()
     _check_estimator("ep_gradients", network, config, extra or {})
     equilibrium = free_phase(network, parameters, x, config, states=states, keep=True, backend=backend)
@@ -214,11 +269,28 @@ def nudged_gradients(
 ) -> tuple[Parameters, Nudged]:
     """Nudged phases from a free equilibrium found with ``keep=True``, and the gradients from their contrast.
 
+    :func:`nudged_phase`, then :func:`contrast_gradients`. With ``five_phase`` both are done at beta and at 2 beta, and
+    extrapolated as Richardson does, which leaves an error of beta^4 where one symmetric pair leaves beta^2:
+
+        g = 4/3 g(beta) - 1/3 g(2 beta)
+
     Args:
+        network: what was relaxed.
+        parameters: the tensors that the free phase used.
+        equilibrium: of :func:`free_phase` with ``keep=True``, of B samples.
+        targets: per head (readout, then local heads), [B, ...] in the shape of its output.
+        config: as of the free phase; default: ``RelaxConfig()``.
+        extra: by node, dL/ds of further losses per sample, [B, ...], held constant through the phases.
+        backend: name; None is the current one (:func:`ep_kernels.backend`).
         ready: called with each gradient as soon as it is computed: see :func:`contrast_gradients`.
 
     Returns:
-        The gradients, and the nudged phases (of ``five_phase``: those at +-beta).
+        The gradients of the batch-mean loss, in the structure and shapes of ``parameters``, and the nudged phases (of
+        ``five_phase``: those at +-beta).
+
+    Raises:
+        ValueError: see :func:`nudged_phase`.
+        BackendError: a backend asked for by name cannot run, with the reason.
     """
     config = config or RelaxConfig()
 
@@ -244,14 +316,37 @@ def nudged_gradients(
 
 
 def readout(network: Network, parameters: Parameters, equilibrium: Equilibrium, head: int = 0) -> Tensor:
-    """Outputs of a head (0: the readout) at the equilibrium: logits, or values for ``mse``; [B, outputs]."""
+    """Outputs of a head at the equilibrium: ``z = V pool(s) + c``, or ``z = s`` of an identity head.
+
+    Args:
+        network: what was relaxed.
+        parameters: its tensors.
+        equilibrium: of :func:`free_phase`, of B samples.
+        head: its index in ``network.heads``; 0 is the readout.
+
+    Returns:
+        Logits, or values for ``mse``, [B, outputs] (of a head on a map that is pointwise or the identity, [B, C, H, W])
+        in the parameters' dtype.
+
+    Raises:
+        IndexError: no such head.
+    """
     spec = network.heads[head]
     state = equilibrium.states[spec.node].to(parameters.weights[0].dtype)
     return reference.head_output(spec, state, parameters.head_weights[head], parameters.head_biases[head])
 
 
 def targets_for(network: Network, labels: Tensor, classes: int, dtype: torch.dtype) -> list[Tensor]:
-    """One-hot targets of every head from integer labels [B] in 0 .. classes - 1.
+    """One-hot targets of every head from integer labels.
+
+    Args:
+        network: for its number of heads.
+        labels: int64 [B], in 0 .. classes - 1.
+        classes: outputs of every head.
+        dtype: of the targets: the parameters'.
+
+    Returns:
+        Per head the same tensor, [B, classes].
 
     Raises:
         ValueError: a label out of range. On CUDA, which is not waited for, a RuntimeError instead, from a later call.

@@ -34,11 +34,20 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], Path]:
 
     With ``resume_or_start`` it goes on instead, where ``out`` has a run of the same configuration.
 
+    Args:
+        config: the run: data, network, method and where it is written.
+
     Returns:
-        Its summary and folder.
+        Its summary, as in summary.json, and its folder.
 
     Raises:
-        RunFolderError: ``out`` cannot be used, or holds a run of another configuration.
+        DataError, ValueError: the data cannot be read, options that do not fit together or the data; a device that is
+            not there; a teacher or a cache of its logits that cannot be used.
+        BackendError, MissingExtra: the backend cannot run there; what an option needs is not installed.
+        RunFolderError, CheckpointError: ``out`` cannot be used, or holds a run of another configuration; a checkpoint
+            cannot be written.
+        Diverged: a loss, a gradient or a weight is not finite, or the loss has run away (``on_divergence``).
+        ConvergenceError: a free phase of a training batch ended above ``tol``, with ``on_fail`` raise.
         ProcessError: several processes cannot work together, or another one is gone.
     """
     processes = from_environment()
@@ -90,17 +99,23 @@ def resume(
     GPU the kernels of backend ``triton`` add without atomics, in one order; cuDNN, which computes for ``reference`` and
     BPTT there, promises none.
 
-    Args:
-        epochs: train to this many instead; a falling learning rate then falls over the new total.
-        device: go on there instead of on the run's own.
-
     Under torchrun every process calls this; there may be another number of them than before. The numbers are then the
     same to rounding.
 
+    Args:
+        path: the run's folder.
+        epochs: train to this many instead; a falling learning rate then falls over the new total.
+        device: go on there instead of on the run's own.
+        quiet: print nothing.
+
+    Returns:
+        The summary of the whole run, as in summary.json, and its folder.
+
     Raises:
-        CheckpointError, RunFolderError: there is nothing to resume there.
+        CheckpointError, RunFolderError: there is nothing to resume there, or what is there is of another network,
+            optimizer or teacher.
         ValueError, BackendError: the device is not there, or the backend cannot run on it; nothing has been written.
-        ProcessError: several processes cannot work together, or another one is gone.
+        DataError, MissingExtra, Diverged, ConvergenceError, ProcessError: see :func:`train`.
     """
     processes = from_environment()
     with joined(processes), ExitStack() as held:
