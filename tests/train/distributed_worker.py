@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import time
@@ -52,6 +53,7 @@ RUN: dict[str, Any] = {
     "threads": 1,
     "quiet": True,
 }
+BOARD = importlib.util.find_spec("tensorboard") is not None
 Step = Callable[..., StepResult]
 
 
@@ -275,7 +277,7 @@ def main(rank: int, port: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), EP_TRAIN_TIMEOUT="120")
     processes = from_environment()
-    stop = partial(os.kill, os.getpid(), signal.SIGUSR1)
+    stop, interrupt = (partial(os.kill, os.getpid(), number) for number in (signal.SIGUSR1, signal.SIGINT))
     try:
         with joined(processes):
             found: dict[str, Any] = {
@@ -287,9 +289,11 @@ def main(rank: int, port: int, folder: Path) -> None:
                 "wishes": wishes(processes),
                 "whole": run(folder, "whole"),
                 "stopped": run(folder, "stopped", 7, stop),
+                "interrupted": run(folder, "interrupted", 2, interrupt, epochs=1),
                 "nan": run(folder, "nan", 3, nothing),
                 "left out": run(folder, "left out", 3, nothing, on_divergence="continue", epochs=1),
                 "rolled back": run(folder, "rolled back", 3, nothing, on_divergence="rollback", epochs=1),
+                "shown": run(folder, "shown", tensorboard=BOARD, probe_gradient=1, epochs=2),
             }
             found["hung"] = hung(processes)
             torch.save(found, folder / f"{rank}.pt")

@@ -126,6 +126,12 @@ def test_a_signal_to_one_process_stops_all_after_the_same_batch(found: Found, fo
     assert_same_run(folder / "stopped", alone)
 
 
+def test_the_signal_that_came_is_the_one_that_is_told(found: Found, folder: Path) -> None:
+    assert [found[rank]["interrupted"]["status"] for rank in range(2)] == ["interrupted"] * 2
+    assert [found[rank]["interrupted"]["signal"] for rank in range(2)] == ["SIGINT"] * 2
+    assert json.loads((folder / "interrupted" / "summary.json").read_text())["signal"] == "SIGINT"
+
+
 def test_a_loss_that_is_no_number_in_one_process_ends_all(found: Found, folder: Path) -> None:
     first, second = (found[rank]["nan"] for rank in range(2))
     assert first["error"].startswith("Diverged: the loss became nan in epoch 1 after 42 images")
@@ -136,6 +142,17 @@ def test_a_loss_that_is_no_number_in_one_process_ends_all(found: Found, folder: 
     assert read_metrics(folder / "left out")[0]["skipped_batches"] == 1
     assert [found[rank]["rolled back"]["calls"] for rank in range(2)] == [8, 8]  # 3, then the epoch's 5 once more
     assert read_metrics(folder / "rolled back")[0]["rollbacks"] == 1
+
+
+def test_the_first_process_alone_writes_the_board(found: Found, folder: Path) -> None:
+    assert [found[rank]["shown"]["status"] for rank in range(2)] == ["finished"] * 2
+    rows = read_metrics(folder / "shown")
+    assert [row["gradient_cosine_smallest"] > 0.5 for row in rows] == [True, True]
+    if worker.BOARD:
+        from tests.train.test_board import expected, shown
+
+        assert len(list((folder / "shown" / "tensorboard").iterdir())) == 1
+        assert shown(folder / "shown") == expected(folder / "shown")
 
 
 def test_a_process_that_hangs_is_given_up(found: Found) -> None:
