@@ -60,7 +60,7 @@ def free_phase(
         backend: name; None is the current one (:func:`ep_kernels.backend`).
 
     Returns:
-        The equilibrium: states [B, ...] per node, the residual [B] of every sample, and (when asked for) steps,
+        The equilibrium, with states [B, ...] per node, the residual [B] of every sample, and (when asked for) steps,
         ``converged`` and a ``message`` that says what to change.
 
     Raises:
@@ -286,7 +286,7 @@ def nudged_gradients(
 
     Returns:
         The gradients of the batch-mean loss, in the structure and shapes of ``parameters``, and the nudged phases (of
-        ``five_phase``: those at +-beta).
+        ``five_phase`` those at +-beta).
 
     Raises:
         ValueError: see :func:`nudged_phase`.
