@@ -146,8 +146,8 @@ class TrainConfig:
     tol: float = 0.0
     """Stop a relaxation early when every residual is at most this (0: never)."""
     on_fail: Literal["raise", "warn", "ignore"] = "warn"
-    """When a free phase ends above --tol: end the run, say so once, or nothing. With a --tol, all but ignore wait for
-    a GPU at every batch."""
+    """When a free phase of a training batch ends above --tol: end the run, say so once, or nothing (what only looks at
+    images, as an evaluation, goes on). With a --tol, all but ignore wait for a GPU at every batch."""
     start: Literal["zero", "feedforward"] = "zero"
     """Where free phases start without a warm start: zero states, or a bottom-up pass without feedback (for even_odd and
     sync; the first sweep of sweep is that already)."""
@@ -279,9 +279,10 @@ class TrainConfig:
         return self.model or ("digits" if self.dataset == "digits" else "vgg5")
 
     def evaluation_config(self) -> RelaxConfig:
-        """The relaxation's settings for test images."""
+        """The relaxation's settings for images that are only looked at: of the test set, of a teacher, of predictions.
+        ``on_fail`` is for training batches."""
         steps = self.evaluate_steps or self.free_steps * (10 if self.warm_start else 1)
-        return replace(self.relax_config(), free_steps=steps)
+        return replace(self.relax_config(), free_steps=steps, on_fail="ignore")
 
     def relax_config(self, *, positive_sign: bool = True) -> RelaxConfig:
         """The relaxation's settings; ``positive_sign`` is this batch's draw of ``random_sign``."""

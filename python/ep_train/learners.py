@@ -208,8 +208,7 @@ class NetworkLearner:
         network, tensors = self.network, self.model.tensors()
         if self.config.method == "backprop":
             return feedforward_states(network, tensors, images)
-        relax = replace(self.config.evaluation_config(), on_fail="ignore")
-        return ep_kernels.free_phase(network, tensors, images, relax).states
+        return ep_kernels.free_phase(network, tensors, images, self.config.evaluation_config()).states
 
     def state(self) -> dict[str, Any]:
         """What it was trained on, which teacher it has, and the kept equilibria of a warm start."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,10 +139,7 @@ def load_trained(
             module = build_teacher(config.model_name, shape, len(names), width=config.width)
             module.load_state_dict(state["model"])
         else:
-            module = Model(network_of(config, shape, len(names)))
-            wanted = module.state_dict().keys()  # without the heads that its training had beside the readout
-            module.load_state_dict({name: t for name, t in state["model"].items() if name in wanted})
-            relax = None if config.method == "backprop" else replace(config.evaluation_config(), on_fail="ignore")
+            module, relax = restored(config, state["model"], shape, len(names))
     except (RuntimeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{path}: the checkpoint does not fit config.json: {error}") from error
     if free_steps is not None:
@@ -153,6 +150,29 @@ def load_trained(
         relax = replace(relax, free_steps=free_steps)
     module = module.to(where).eval().requires_grad_(False)
     return Trained(path, config, module, relax, shape, normalisation, dataset, names, where, backend)
+
+
+def restored(
+    config: TrainConfig, weights: Mapping[str, Tensor], image_shape: tuple[int, int, int], classes: int
+) -> tuple[Model, RelaxConfig | None]:
+    """The network of a run, without the heads that its training had beside the readout.
+
+    Args:
+        config: of the run.
+        weights: its checkpoint's.
+        image_shape: (C, H, W). classes: outputs of the readout.
+
+    Returns:
+        The network with its weights, on the CPU, and how its free phase runs; None of a run by backprop, which has
+        none.
+
+    Raises:
+        ValueError, RuntimeError: the weights do not fit the configuration, or that does not fit the images.
+    """
+    model = Model(network_of(config, image_shape, classes))
+    wanted = model.state_dict().keys()
+    model.load_state_dict({name: tensor for name, tensor in weights.items() if name in wanted})
+    return model, None if config.method == "backprop" else config.evaluation_config()
 
 
 def _short(value: tuple[Any, ...]) -> str:

@@ -141,7 +141,8 @@ def test_warm_starts_are_evaluated_to_their_equilibrium() -> None:
     config = replace(TINY, warm_start=True, free_steps=2)
     assert config.evaluation_config().free_steps == 20
     assert replace(config, evaluate_steps=7).evaluation_config().free_steps == 7
-    assert replace(TINY, free_steps=3).evaluation_config() == replace(TINY, free_steps=3).relax_config()
+    same = replace(TINY, free_steps=3, on_fail="ignore")
+    assert same.evaluation_config() == same.relax_config()
 
 
 def test_another_teacher_is_not_resumed_with(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ep_kernels import ConvergenceError, Network, RelaxConfig, free_phase
-from ep_train import Trainer
+from ep_train import Trainer, learners
 from ep_train.bptt import bptt_gradients, loss_at
 from ep_train.cli import main
 from ep_train.config import TrainConfig
@@ -66,14 +66,21 @@ def test_a_run_ends_where_a_free_phase_fails(tmp_path: Path, capsys: pytest.Capt
     assert json.loads((out / "summary.json").read_text())["status"] == "diverged"
 
 
-def test_a_trainer_raises(tmp_path: Path) -> None:
+def test_images_that_are_only_looked_at_raise_nothing(tmp_path: Path) -> None:
+    """A run that no training batch has ended: test images after its epochs, and as the teacher of another run."""
     config = TrainConfig(
         model="2p-3", train_limit=40, test_limit=20, epochs=1, quiet=True, tol=1e-9, on_fail="raise", free_steps=2
     )
     trainer = Trainer(config)
+    (images, labels), *_ = trainer.train.epoch(1)
     with pytest.raises(ConvergenceError) as caught:
-        trainer.evaluate()
+        trainer.learner.step(learners.Batch(images, labels, torch.arange(len(labels)), 1, 0))
     assert caught.value.equilibrium.steps == 2
+    assert 0 <= trainer.evaluate() <= 1
+    _, residual = trainer.learner.predict(images)
+    assert residual is not None
+    assert residual.min() > 1e-9
+    assert len(trainer.some_states()) == 2
 
 
 def test_diagnosis_looks_at_what_has_not_converged() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -214,6 +215,19 @@ def test_an_ep_run(readout: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not read these images"):  # of a folder that does not say
         load_teacher(str(path), image_shape=(3, 8, 8), classes=10)
     load_teacher(str(path), image_shape=data.image_shape, classes=10, images=Normalisation((0.3,), (0.2,)))
+
+
+def test_a_teacher_does_not_end_the_students_run(tmp_path: Path) -> None:
+    """Whatever its own run did above its tolerance; that is no part of its identity, the tolerance is."""
+    path, data = run(tmp_path / "r", model="4-4p", tol=0.5)
+    x, digests = images(3, data.image_shape), []
+    for tol, on_fail in ((1e-9, "raise"), (1e-9, "warn"), (1e-8, "warn")):
+        text = json.loads((path / "config.json").read_text()) | {"tol": tol, "on_fail": on_fail}
+        (path / "config.json").write_text(json.dumps(text))
+        teacher = load_teacher(str(path), image_shape=data.image_shape, classes=10)
+        assert teacher.outputs(x)[0].shape == (3, 10)
+        digests.append(teacher.digest())
+    assert digests[0] == digests[1] != digests[2]
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:

@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def _run_folder(
 ) -> Teacher:
     from .. import checkpoint
     from ..config_file import config_from_json
-    from ..learners import network_of  # which loads teachers
+    from ..trained import restored  # which knows teachers
 
     if not path.is_dir():
         raise ValueError(f"{WHERE}: expected a run folder, or NAME:PATH for a state dict, got the file {path}")
@@ -178,19 +179,17 @@ def _run_folder(
         return _built(name or str(found), state, str(path), image_shape, names, images, reads)
     if name is not None:
         raise ValueError(f"{WHERE}: expected a run of `ep-train teacher` with {name}, got an EP run: {path}")
-    config = config_from_json(config_path)
     outputs = state["heads.0.weight"].shape[0] if "heads.0.weight" in state else _last_bias(state)
-    network = network_of(config, image_shape, outputs)
-    model = Model(network)
-    wanted = model.state_dict().keys()  # without the heads that its training had beside the readout
+    config = config_from_json(config_path)
     try:
-        model.load_state_dict({key: tensor for key, tensor in state.items() if key in wanted})
-    except RuntimeError as error:
+        model, relax = restored(config, state, image_shape, outputs)
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"{WHERE}: the EP network in {path} does not read these images: {error}") from error
-    relax = None if config.method == "backprop" else config.evaluation_config()
     module = EquilibriumTeacher(model, relax)
+    # what happens above tol is no part of what it computes, so none of its identity: any one word will do
+    same = None if relax is None else replace(relax, on_fail=RelaxConfig.on_fail)
     return Teacher(
-        module, image_shape=image_shape, names=names, images=images, reads=reads, identity=f"{network}{relax}"
+        module, image_shape=image_shape, names=names, images=images, reads=reads, identity=f"{model.network}{same}"
     )
 
 
