@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,19 +119,17 @@ def export(trained: Trained, to: str, out: Path, *, tolerance: float = 1e-4) -> 
         ValueError: a teacher as ``module``, which it is already.
     """
     module = as_module(trained)
+    if to == "module":
+        if not isinstance(module, FreePhase):
+            raise ValueError(
+                f"ExportConfig: argument 'to': expected torch-export or onnx with {trained.config.model_name}, "
+                "which is an ordinary PyTorch module: ep_train.teachers.build_teacher makes it"
+            )
+        with replacing_together(out, out.with_suffix(".pt")) as (file, weights):
+            torch.save(module.state_dict(), weights)
+            file.write_text(source_of(module, about(trained)), encoding="utf-8")
+            return _compared(trained, load_source(file)(weights), tolerance)
     with replacing(out) as file:
-        if to == "module":
-            if not isinstance(module, FreePhase):
-                raise ValueError(
-                    f"ExportConfig: argument 'to': expected torch-export or onnx with {trained.config.model_name}, "
-                    "which is an ordinary PyTorch module: ep_train.teachers.build_teacher makes it"
-                )
-            with replacing(out.with_suffix(".pt")) as weights:
-                torch.save(module.state_dict(), weights)
-                file.write_text(source_of(module, about(trained)), encoding="utf-8")
-                difference = _compared(trained, load_source(file)(weights), tolerance)
-                out.unlink(missing_ok=True)  # never an older program beside newer weights
-                return difference
         example = torch.rand(BATCHES[0] + BATCHES[-1], *trained.image_shape)
         if to == "onnx":
             write_onnx(module, example, file, about(trained))
@@ -141,6 +140,37 @@ def export(trained: Trained, to: str, out: Path, *, tolerance: float = 1e-4) -> 
             torch.export.save(program, file, extra_files={"about.json": json.dumps(about(trained))})
             read = torch.export.load(file).module()
         return _compared(trained, read, tolerance)
+
+
+@contextmanager
+def replacing_together(program: Path, weights: Path) -> Iterator[tuple[Path, Path]]:
+    """As :func:`replacing`, of a program and its weights: both are new when the block ends, or, after an error at
+    whichever point, both as they were. At no time is an old program beside new weights.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    old: dict[Path, Path] = {}
+    new: list[Path] = []
+    try:
+        with replacing(program) as file, replacing(weights) as beside:  # which get their names in the other order
+            yield file, beside
+            for temporary in (file, beside):
+                with temporary.open("rb+") as written:
+                    os.fsync(written.fileno())
+            new += [path for path in (program, weights) if not path.is_file()]  # both are on the disk in full
+            for path in (program, weights):
+                if path not in new:
+                    os.replace(path, aside := path.with_name(f".{path.name}-old"))
+                    old[path] = aside
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        for path, aside in reversed(old.items()):
+            os.replace(aside, path)
+        raise
+    for aside in old.values():
+        aside.unlink()
 
 
 def as_module(trained: Trained) -> nn.Module:

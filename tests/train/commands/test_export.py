@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -142,6 +143,35 @@ def test_what_computes_something_else_is_not_written(
     assert cli.main(arguments) == 1
     assert "the outputs read back differ by " in capsys.readouterr().err
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["net.py", "net.pt", ".net.py-old", ".net.pt-old"])
+@pytest.mark.parametrize("before", [True, False])
+def test_files_that_cannot_be_replaced_leave_both_as_they_were(
+    name: str, before: bool, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "net.py"
+    arguments = ["export", str(run), "--to", "module", "--out", str(out), "--overwrite"]
+    if before:
+        assert cli.main([*arguments, "--free-steps", "2"]) == 0
+    old = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    original, refused = os.replace, []
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(target).name == name and not refused:
+            refused.append(source)
+            raise OSError(28, "No space left on device")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    if before or not name.startswith("."):
+        assert cli.main(arguments) == 1
+        assert "No space left on device" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == old
+    assert cli.main(arguments) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.pt", "net.py"]
+    assert out.read_bytes() != old.get("net.py")
 
 
 def test_what_torch_cannot_export_is_one_line(
