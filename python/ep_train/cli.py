@@ -16,7 +16,7 @@ from .check import CheckConfig, run_check
 from .checkpoint import CheckpointError
 from .commands import TOOLS
 from .config import TrainConfig
-from .config_file import config_from_json
+from .config_file import FREE, config_from_json, for_another_run
 from .data import DataError
 from .device import check_name
 from .distributed import FirstFailed, ProcessError, voice
@@ -24,7 +24,7 @@ from .divergence import Diverged
 from .extras import MissingExtra
 from .presets import PRESETS, preset
 from .recipes import RECIPES, write_recipe
-from .run_folder import RunFolderError
+from .run_folder import CONFIG, RunFolderError
 from .runs import resume, train
 from .signals import PREEMPTED
 
@@ -32,7 +32,7 @@ COMMANDS = ("train", "teacher", "check", "resume", "recipe", *TOOLS)
 DESCRIPTION = """Train a convolutional network by Equilibrium Propagation.
 
 `--preset NAME` starts from a published recipe (`--preset list` shows them), `--config FILE` from a config.json or the
-folder of a run; other options change what they say.
+folder of a run (all but its --out, --overwrite and --resume-or-start); other options change what they say.
 
 Other commands: `ep-train teacher` trains a teacher by backprop; `ep-train check` compares EP gradients with BPTT layer
 by layer; `ep-train resume DIR` continues a run that was stopped or killed; `ep-train recipe NAME` writes the
@@ -61,6 +61,16 @@ class ResumeConfig:
     """Train to this many epochs in all, instead of the run's own number."""
     device: str | None = None
     """Go on there instead of on the run's own: auto, cpu, cuda, or cuda:N."""
+    threads: int | None = None
+    """CPU threads, instead of the run's own number."""
+    data_root: Path | None = None
+    """Folder that holds the dataset's files, instead of the run's own."""
+    data_cache: Literal["memory", "mmap"] | None = None
+    """Where the images of a folder:PATH are, instead of the run's own."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints within an epoch, instead of the run's own number (0: only at its end)."""
+    keep_checkpoints: int | None = None
+    """So many of the newest checkpoints are kept, instead of the run's own number."""
     quiet: bool = False
     """Print nothing."""
 
@@ -96,7 +106,8 @@ TEACHER = TrainConfig(
 
 
 def started_from(arguments: list[str], start: TrainConfig) -> TrainConfig:
-    """Take ``--preset NAME`` and ``--config FILE`` off the arguments; the configuration that they give.
+    """Take ``--preset NAME`` and ``--config FILE`` off the arguments; the configuration that they give. That of a run
+    is taken without its folder: the new run gets one of its own.
 
     Raises:
         ValueError: an unknown preset, with the valid names, or an option without its value.
@@ -115,7 +126,10 @@ def started_from(arguments: list[str], start: TrainConfig) -> TrainConfig:
             start = replace(start, **preset(value).values)  # type: ignore[arg-type]
         else:
             path = Path(value)
-            start = config_from_json(path / "config.json" if path.is_dir() else path, complete=False)
+            path = path / CONFIG if path.is_dir() else path
+            start = config_from_json(path, complete=False)
+            if path.name == CONFIG:  # of a run
+                start = for_another_run(start)
     return start
 
 
@@ -147,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(tyro.cli(options, prog=f"ep-train {command}", args=arguments))
         if command == "resume":
             chosen = tyro.cli(ResumeConfig, prog="ep-train resume", args=arguments, console_outputs=speaks)
-            summary, _ = resume(chosen.folder, epochs=chosen.epochs, device=chosen.device, quiet=chosen.quiet)
+            summary, _ = resume(chosen.folder, epochs=chosen.epochs, **{name: getattr(chosen, name) for name in FREE})
         elif command == "recipe":
             asked = tyro.cli(RecipeConfig, prog="ep-train recipe", args=arguments)
             path = asked.out or Path(f"{asked.name}.json")

@@ -5,17 +5,71 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import CheckpointError
 from .config import TrainConfig
+from .teachers import TEACHERS
+from .teachers.load import LIBRARIES
+
+# What a run may go on with otherwise, by `ep-train resume` or --resume-or-start, and be evaluated with: it says where
+# and how the run is kept, not what it computes.
+FREE = ("device", "threads", "data_root", "data_cache", "checkpoint_every", "keep_checkpoints", "quiet")
+# What says where and how a run starts: nothing to whoever goes on with it, or takes its options for a new one.
+START = ("out", "overwrite", "resume_or_start")
+_FOLDER = "folder:"
 
 
 def portable(config: TrainConfig) -> TrainConfig:
-    """The same run from any working directory: paths of the teacher and its cache are absolute."""
-    name, colon, path = (config.teacher or "").rpartition(":")
-    teacher = f"{name}{colon}{Path(path).resolve()}" if path and Path(path).exists() else config.teacher
-    cache = config.teacher_cache.resolve() if config.teacher_cache is not None else None
-    return dataclasses.replace(config, teacher=teacher, teacher_cache=cache)
+    """The same run from any working directory: its paths are absolute (a folder of images that is given relative to
+    ``data_root`` stays so)."""
+    return dataclasses.replace(
+        config,
+        dataset=_dataset(config),
+        data_root=None if config.data_root is None else config.data_root.expanduser().resolve(),
+        teacher=_teacher(config.teacher),
+        teacher_cache=None if config.teacher_cache is None else config.teacher_cache.resolve(),
+        out=None if config.out is None else config.out.resolve(),
+    )
+
+
+def _dataset(config: TrainConfig) -> str:
+    path = config.dataset.removeprefix(_FOLDER)
+    if not path or path == config.dataset:  # no path, or another dataset
+        return config.dataset
+    place = Path(path).expanduser()
+    if config.data_root is not None and not place.is_absolute():
+        return config.dataset
+    return f"{_FOLDER}{place.resolve()}"
+
+
+def _teacher(spec: str | None) -> str | None:
+    """Read as :func:`ep_train.teachers.load_teacher` reads it."""
+    name, _, rest = (spec or "").partition(":")
+    if rest and name in LIBRARIES:
+        known, _, path = rest.partition(":")
+        return f"{name}:{known}:{Path(path).resolve()}" if path else spec
+    if rest and name in TEACHERS:
+        return f"{name}:{Path(rest).resolve()}"
+    return str(Path(spec).resolve()) if spec and Path(spec).exists() else spec
+
+
+def with_free(config: TrainConfig, **free: Any) -> TrainConfig:
+    """The same run with other :data:`FREE` options; those that are None stay as they are.
+
+    Raises:
+        TypeError: an option that is not one of them.
+        ValueError: a value that it cannot have.
+    """
+    odd = sorted(set(free) - set(FREE))
+    if odd:
+        raise TypeError(f"with_free: expected some of {', '.join(FREE)}, got {', '.join(odd)}")
+    return dataclasses.replace(config, **{name: value for name, value in free.items() if value is not None})
+
+
+def for_another_run(config: TrainConfig) -> TrainConfig:
+    """The same options for a new run, in a folder of its own."""
+    return dataclasses.replace(config, **{name: getattr(TrainConfig, name) for name in START})
 
 
 def config_from_json(path: Path, *, quiet: bool = False, complete: bool = True) -> TrainConfig:

@@ -21,22 +21,18 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from . import durable
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+from . import durable, locks
 
 CONFIG, METRICS, SUMMARY, CURVES = "config.json", "metrics.jsonl", "summary.json", "curves.png"
 NONFINITE = "nonfinite"
 # What a run writes, and so all that overwrite=True removes.
 EVENTS = "tensorboard/events.out.tfevents.*"
-RUN_FILES = (CONFIG, METRICS, SUMMARY, CURVES, EVENTS, "checkpoint*.pt*", ".*.json*-*.tmp")
+OWN = (CONFIG, METRICS, SUMMARY, CURVES)
+RUN_FILES = (*OWN, EVENTS, "checkpoint*.pt*", *(f".{name}-*.tmp" for name in OWN))
 RUN_FOLDERS = ("checkpoints", "diverged")  # of these, what begins with step-, refused-step- or .step-
 
 Row = dict[str, Any]
@@ -70,6 +66,7 @@ class RunFolder:
         seed: int,
         overwrite: bool = False,
         runs: Path = Path("runs"),
+        held: ExitStack | None = None,
     ) -> RunFolder:
         """Make the folder of a new run.
 
@@ -80,17 +77,23 @@ class RunFolder:
             overwrite: use `out` though it is not empty: what an older run wrote there (`RUN_FILES`)
                 and in its `RUN_FOLDERS` is removed, other files stay.
             runs: parent of the default folder.
+            held: keeps other processes out of the folder until it is closed; default: only while it is made.
 
         Raises:
-            RunFolderError: `out` is a file, cannot be made, or is not empty. A run that has written no
-                metrics yet (at most a config.json) counts as empty.
+            RunFolderError: `out` is a file, cannot be made, is not empty, or another process runs in it. A run that
+                has written no metrics yet (at most a config.json) counts as empty.
         """
         if out is not None:
             try:
                 out.mkdir(parents=True, exist_ok=True)
+                _refuse_used(out, overwrite)  # before the lock, too: it leaves a file
                 folder = cls(out)
-                with folder.in_use():
-                    _prepare(out, overwrite)
+                with ExitStack() as stack:
+                    stack.enter_context(folder.in_use())
+                    _refuse_used(out, overwrite)
+                    _clear(out)
+                    if held is not None:
+                        held.enter_context(stack.pop_all())
             except OSError as error:  # FileExistsError when it is a file
                 raise RunFolderError(f"cannot use {out} as the run's folder: {error}") from error
             return folder
@@ -104,7 +107,10 @@ class RunFolder:
                 continue  # another run of the same second
             except OSError as error:
                 raise RunFolderError(f"cannot make the run folder {path}: {error}") from error
-            return cls(path)
+            folder = cls(path)
+            if held is not None:
+                held.enter_context(folder.in_use())
+            return folder
         raise RunFolderError(f"cannot make a run folder {runs / stem}: the name is taken; give one with --out")
 
     @classmethod
@@ -176,23 +182,24 @@ class RunFolder:
             RunFolderError: another process runs in it.
         """
         here = self.path.resolve()
-        if fcntl is None or here in _in_use:
+        if here in _in_use:
             yield
             return
-        folder = os.open(here, os.O_RDONLY)
+        descriptor = None
         try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                busy = f"{self.path}: another process is running in this folder: wait for its end, or stop it"
-                raise RunFolderError(busy) from error
-            except OSError as error:  # a file system without locks
-                _log.info("%s cannot be locked: %s", self.path, error)
-            _in_use.add(here)
+            descriptor = locks.take(here)
+        except BlockingIOError as error:
+            busy = f"{self.path}: another process is running in this folder: wait for its end, or stop it"
+            raise RunFolderError(busy) from error
+        except OSError as error:  # a file system without locks, or a folder that is only read
+            _log.info("%s cannot be locked: %s", self.path, error)
+        _in_use.add(here)
+        try:
             yield
         finally:
             _in_use.discard(here)
-            os.close(folder)
+            if descriptor is not None:
+                os.close(descriptor)
 
     def read_metrics(self) -> list[Row]:
         """The rows written so far; see `read_metrics`."""
@@ -326,8 +333,8 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(to_json(row), allow_nan=False) + "\n"
 
 
-def _prepare(out: Path, overwrite: bool) -> None:
-    entries = {entry.name: entry for entry in out.iterdir()}
+def _refuse_used(out: Path, overwrite: bool) -> None:
+    entries = {entry.name: entry for entry in out.iterdir() if entry.name != locks.LOCK}
     metrics = entries.get(METRICS)
     torn = {entry.name for entry in out.glob(".*.tmp")}  # of a run that was killed
     unused = set(entries) - torn <= {CONFIG, METRICS} and (metrics is None or metrics.stat().st_size == 0)
@@ -336,6 +343,10 @@ def _prepare(out: Path, overwrite: bool) -> None:
             f"{out} is not empty ({', '.join(sorted(entries)[:5])}{', ...' if len(entries) > 5 else ''});"
             " choose another folder, or pass --overwrite to replace the run in it"
         )
+
+
+def _clear(out: Path) -> None:
+    """Remove what an older run left; the lock stays."""
     for pattern in RUN_FILES:
         for old in out.glob(pattern):
             old.unlink()

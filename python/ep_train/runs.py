@@ -9,30 +9,17 @@ from typing import Any
 
 from . import checkpoint
 from .config import TrainConfig
-from .config_file import config_from_json, portable
+from .config_file import FREE, START, config_from_json, portable, with_free
 from .distributed import Processes, from_environment, joined
 from .run_folder import CONFIG, NoFolder, RunFolder, RunFolderError
 from .trainer import Trainer, new_folder
-
-# what may differ between a run and its continuation by --resume-or-start: where, not what
-FREE = (
-    "out",
-    "overwrite",
-    "quiet",
-    "resume_or_start",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "device",
-    "threads",
-    "data_root",
-    "data_cache",
-)
 
 
 def train(config: TrainConfig) -> tuple[dict[str, Any], Path]:
     """Start a run, or take part in one: under torchrun every process calls this.
 
-    With ``resume_or_start`` it goes on instead, where ``out`` has a run of the same configuration.
+    With ``resume_or_start`` it goes on instead, where ``out`` has a run of the same configuration; options that say
+    where and not what (``FREE`` of ep_train.config_file) are those of ``config`` from then on.
 
     Args:
         config: the run: data, network, method and where it is written.
@@ -56,9 +43,9 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], Path]:
         out = config.out
         if config.resume_or_start and out is not None and processes.first_does(lambda: _is_there(config, out)):
             found = processes.first_does(lambda: _where_it_stopped(out, held))
-            return _go_on(out, config, processes, found, changed=False)
+            return _go_on(out, config, processes, found)
         trainer = Trainer(config, processes=processes)
-        path = processes.first_does(lambda: new_folder(config).path)
+        path = processes.first_does(lambda: new_folder(config, held).path)
         return trainer.run(_folder(path, processes)), path
 
 
@@ -73,7 +60,7 @@ def _is_there(config: TrainConfig, path: Path) -> bool:
         return False
     theirs = dataclasses.asdict(portable(config_from_json(path / CONFIG)))
     ours = dataclasses.asdict(portable(config))
-    odd = [name for name in ours if name not in FREE and ours[name] != theirs[name]]
+    odd = [name for name in ours if name not in FREE + START and ours[name] != theirs[name]]
     if odd:
         found = ", ".join(f"{name} {theirs[name]!r} and not {ours[name]!r}" for name in odd)
         raise RunFolderError(
@@ -87,9 +74,7 @@ def _folder(path: Path, processes: Processes) -> RunFolder:
     return (RunFolder if processes.first else NoFolder)(path)
 
 
-def resume(
-    path: Path, *, epochs: int | None = None, device: str | None = None, quiet: bool = False
-) -> tuple[dict[str, Any], Path]:
+def resume(path: Path, *, epochs: int | None = None, quiet: bool = False, **free: Any) -> tuple[dict[str, Any], Path]:
     """Continue the run in ``path`` from its newest good checkpoint: the same numbers as if it had never stopped.
 
     A run that was killed before its first checkpoint starts from its beginning. Checkpoints that are damaged are named
@@ -105,8 +90,9 @@ def resume(
     Args:
         path: the run's folder.
         epochs: train to this many instead; a falling learning rate then falls over the new total.
-        device: go on there instead of on the run's own.
         quiet: print nothing.
+        free: other options that say where and not what (``FREE`` of ep_train.config_file), as ``device="cuda"``; None:
+            the run's own. They and ``epochs`` are in its config.json from then on.
 
     Returns:
         The summary of the whole run, as in summary.json, and its folder.
@@ -115,6 +101,7 @@ def resume(
         CheckpointError, RunFolderError: there is nothing to resume there, or what is there is of another network,
             optimizer or teacher.
         ValueError, BackendError: the device is not there, or the backend cannot run on it; nothing has been written.
+        TypeError: an option that may not change.
         DataError, MissingExtra, Diverged, ConvergenceError, ProcessError: see :func:`train`.
     """
     processes = from_environment()
@@ -123,14 +110,11 @@ def resume(
         config = processes.first_does(lambda: config_from_json(path / CONFIG, quiet=quiet))
         if epochs is not None:
             config = dataclasses.replace(config, epochs=epochs)
-        if device is not None:
-            config = dataclasses.replace(config, device=device)
-        changed = epochs is not None or device is not None
-        return _go_on(path, config, processes, found, changed=changed)
+        return _go_on(path, with_free(config, **free), processes, found)
 
 
 def _go_on(
-    path: Path, config: TrainConfig, processes: Processes, found: checkpoint.Found | None, *, changed: bool
+    path: Path, config: TrainConfig, processes: Processes, found: checkpoint.Found | None
 ) -> tuple[dict[str, Any], Path]:
     trainer = Trainer(config, processes=processes)
 
@@ -138,8 +122,9 @@ def _go_on(
         folder = RunFolder.resume(path, before_epoch=1 if found is None else found.state["epoch"] + 1)
         if found is not None:
             checkpoint.set_aside(found.refused)
-        if changed:
-            folder.write_config(dataclasses.asdict(config))
+        now = portable(config)
+        if now != config_from_json(path / CONFIG, quiet=config.quiet):
+            folder.write_config(dataclasses.asdict(now))
         return folder.read_metrics()
 
     before = processes.first_does(rows)
@@ -159,7 +144,7 @@ def _where_it_stopped(path: Path, held: ExitStack) -> checkpoint.Found | None:
         CheckpointError: there is no run, none of its checkpoints is good, or they are gone.
         RunFolderError: another process runs there.
     """
-    if path.is_dir():
+    if (path / CONFIG).exists() or (path / checkpoint.FOLDER).exists():  # else a lock would be all that is there
         held.enter_context(RunFolder(path).in_use())
     # the first row may be there already: it is written just before the first checkpoint
     if (path / CONFIG).is_file() and checkpoint.never_written(path) and len(RunFolder(path).read_metrics()) <= 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -361,8 +361,12 @@ def check_config(config: TrainConfig, processes: Processes) -> None:
         )
 
 
-def new_folder(config: TrainConfig) -> RunFolder:
+def new_folder(config: TrainConfig, held: ExitStack | None = None) -> RunFolder:
     """The folder of a run that begins, with its configuration in it.
+
+    Args:
+        config: of the run.
+        held: see :meth:`RunFolder.create`.
 
     Raises:
         RunFolderError: see :meth:`RunFolder.create`.
@@ -374,6 +378,7 @@ def new_folder(config: TrainConfig) -> RunFolder:
         method=config.method,
         seed=config.seed,
         overwrite=config.overwrite,
+        held=held,
     )
     folder.write_config(dataclasses.asdict(portable(config)))
     return folder

@@ -16,8 +16,8 @@ from ep_train import TrainConfig, cli
 from ep_train.check import CheckConfig
 from ep_train.cli import ResumeConfig
 from ep_train.config import Estimator
-from ep_train.config_file import config_from_json
-from ep_train.run_folder import read_metrics
+from ep_train.config_file import FREE, config_from_json
+from ep_train.run_folder import RunFolder, read_metrics
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
 TINY = ["--model", "4p", "--train-limit", "40", "--test-limit", "10", "--batch-size", "10", "--epochs", "1"]
@@ -54,7 +54,7 @@ def test_help_mentions_every_option(command: list[str], config: Any, capsys: pyt
 
 def test_help_of_resume(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(["resume"], capsys)
-    assert {field.name for field in dataclasses.fields(ResumeConfig)} == {"folder", "epochs", "device", "quiet"}
+    assert {field.name for field in dataclasses.fields(ResumeConfig)} == {"folder", "epochs", *FREE}
     assert "FOLDER" in text.upper()
     assert "--epochs" in text
 
@@ -199,6 +199,17 @@ def test_presets_are_listed_and_taken_anywhere(tmp_path: Path, capsys: pytest.Ca
     assert cli.main(again) == 0
     other = json.loads((tmp_path / "again" / "config.json").read_text())
     assert {k for k in config if config[k] != other[k]} == {"lr", "out", "quiet"}
+
+
+def test_the_configuration_of_a_run_is_taken_without_its_folder(tmp_path: Path) -> None:
+    config = TrainConfig(out=tmp_path / "run", epochs=3)
+    for changes in ({"overwrite": True}, {"resume_or_start": True}):
+        theirs = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+        RunFolder(tmp_path).write_config(dataclasses.asdict(theirs))
+        (tmp_path / "job.json").write_text((tmp_path / "config.json").read_text())
+        for path in (tmp_path, tmp_path / "config.json"):
+            assert cli.started_from(["--config", str(path)], TrainConfig()) == TrainConfig(epochs=3)
+        assert cli.started_from(["--config", str(tmp_path / "job.json")], TrainConfig()) == theirs  # of nobody's run
 
 
 @pytest.mark.parametrize(

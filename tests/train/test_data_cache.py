@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ep_train import locks
 from ep_train.config import TrainConfig
 from ep_train.data import Batches, DataError, Dataset, cache, folder, load_dataset
 from ep_train.data.dataset import channel_statistics
@@ -50,7 +51,7 @@ def load(root: Path, how: folder.DataCache, **options: int) -> Dataset:
 
 
 def files(root: Path) -> list[Path]:
-    return sorted((root.parent / "cache" / "decoded").iterdir())
+    return sorted(path for path in (root.parent / "cache" / "decoded").iterdir() if path.name != locks.LOCK)
 
 
 def mapped(path: Path) -> bool:
@@ -232,8 +233,7 @@ def test_a_second_process_waits_and_reads(root: Path, monkeypatch: pytest.Monkey
     done = path.read_bytes()
     path.unlink()
     monkeypatch.setattr(folder, "decode", None)
-    other = os.open(path.parent, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
+    other = locks.take(path.parent)
     found: list[Dataset] = []
     waiting = threading.Event()
     monkeypatch.setattr(cache._log, "info", lambda *_: waiting.set())
@@ -244,6 +244,11 @@ def test_a_second_process_waits_and_reads(root: Path, monkeypatch: pytest.Monkey
     os.close(other)
     thread.join(20)
     same(found[0], expected)
+
+
+def age(path: Path, seconds: float) -> None:
+    when = time.time() - seconds
+    os.utime(path, (when, when))
 
 
 def test_a_killed_process_leaves_a_file_until_the_next_one_decodes(root: Path) -> None:
@@ -257,16 +262,30 @@ def test_a_killed_process_leaves_a_file_until_the_next_one_decodes(root: Path) -
     assert done.returncode == -signal.SIGKILL
     (left,) = files(root)
     assert left.name.startswith(".")
+    with cache.alone(left.parent):
+        assert left.exists()  # it may be in use
+    age(left, 4000)
     assert len(load(root, "mmap").train_labels) == 70
     (path,) = files(root)
     assert not path.name.startswith(".")
+
+
+def test_a_file_that_is_being_written_stays(root: Path) -> None:
+    """Its process could not lock the folder, or it would be the only one here."""
+    with cache.CacheWriter(root.parent / "cache" / "decoded" / "x.safetensors", "key", 1):
+        (left,) = files(root)
+        age(left, 4000)
+        with cache.alone(left.parent) as waited:
+            assert not waited
+        assert files(root) == [left]
+    assert files(root) == []
 
 
 def test_folders_that_cannot_be_locked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("ep_train.data.cache.fcntl.flock", unsupported)
+    monkeypatch.setattr("ep_train.locks.fcntl.flock", unsupported)
     assert len(load(root, "mmap").train_labels) == 70
 
 

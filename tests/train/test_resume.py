@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ep_train import TrainConfig, checkpoint, cli, resume, train
+from ep_train import TrainConfig, Trainer, checkpoint, cli, resume, train
 from ep_train.run_folder import read_metrics
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
@@ -140,6 +140,68 @@ def test_more_epochs(tmp_path: Path, whole: Path) -> None:
     assert json.loads((path / "config.json").read_text())["epochs"] == 3
     _, straight = train(TrainConfig(**{**small, "epochs": 3}, out=tmp_path / "three", quiet=True))
     assert_same_end(path, straight)
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / "config.json").read_text())
+    return found
+
+
+def test_options_that_say_where_and_not_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever changes them, by `resume` or --resume-or-start: the next one sees them."""
+    monkeypatch.chdir(tmp_path)
+    seen: list[TrainConfig] = []
+    original = Trainer.run
+
+    def run(self: Trainer, folder: Any) -> dict[str, Any]:
+        seen.append(self.config)
+        return original(self, folder)
+
+    monkeypatch.setattr(Trainer, "run", run)
+    config = TrainConfig(model="4p", train_limit=20, test_limit=10, batch_size=10, epochs=1, device="cpu", quiet=True)
+    _, path = train(replace(config, out=tmp_path / "run"))
+    places = ["--threads", "1", "--data-root", "data", "--checkpoint-every", "7", "--keep-checkpoints", "5"]
+    assert cli.main(["resume", str(path), "--quiet", *places]) == 0
+    changed = {"threads": 1, "data_root": str(tmp_path / "data"), "checkpoint_every": 7, "keep_checkpoints": 5}
+    assert changed.items() <= config_of(path).items()
+    resume(path, quiet=True)
+    assert (seen[-1].threads, seen[-1].checkpoint_every, seen[-1].keep_checkpoints) == (1, 7, 5)
+    assert seen[-1].data_root == tmp_path / "data"
+
+    again = replace(config, out=path, resume_or_start=True, keep_checkpoints=3, data_root=Path("other"))
+    train(again)
+    changed = {"threads": None, "data_root": str(tmp_path / "other"), "checkpoint_every": 0, "keep_checkpoints": 3}
+    assert changed.items() <= config_of(path).items()
+    resume(path, quiet=True)
+    assert (seen[-1].keep_checkpoints, seen[-1].data_root) == (3, tmp_path / "other")
+
+    for name in ("lr", "out"):
+        with pytest.raises(TypeError, match=f"expected some of device, .*got {name}"):
+            resume(path, quiet=True, **{name: 1.0})
+    resume(path, quiet=True, threads=1)
+    asked: list[Any] = []
+    monkeypatch.setattr("ep_train.commands.evaluate.load_dataset", lambda _, **options: asked.append(options))
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    others = ["--data-root", "elsewhere", "--data-cache", "mmap", "--threads", "2"]
+    for more, expected in (([], (1, tmp_path / "other", "memory")), (others, (2, Path("elsewhere"), "mmap"))):
+        with pytest.raises(AttributeError):  # no images
+            cli.main(["eval", str(path), *more])
+        threads, options = asked[-2:]
+        assert (threads, options["root"], options["data_cache"]) == expected
+
+
+def test_a_run_that_goes_on_as_it_was_keeps_its_configuration(whole: Path) -> None:
+    before = (whole / "config.json").stat()
+    resume(whole, quiet=True)
+    assert (whole / "config.json").stat().st_ino == before.st_ino
+
+
+def test_a_folder_without_a_run_is_left_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(checkpoint.CheckpointError):
+        resume(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ep_train import memory, run_folder
+from ep_train import locks, memory, run_folder
 from ep_train.curves import plot_curves
 from ep_train.memory import peak_memory_bytes
 from ep_train.run_folder import RunFolder, RunFolderError, read_metrics, to_json
@@ -68,6 +69,7 @@ def test_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("ten years of work")
     with pytest.raises(RunFolderError, match=r"thesis\.tex"):
         make(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
@@ -76,14 +78,54 @@ def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"old")
     (tmp_path / "checkpoint.pt.part").write_bytes(b"old")
     (tmp_path / ".config.json-abc.tmp").write_bytes(b"torn")
+    (tmp_path / ".notes.json-abc.tmp").write_bytes(b"of somebody else")
     for name in ("checkpoints/step-00000004", "checkpoints/.step-00000005-x.part", "diverged/step-00000007"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "weights.safetensors").write_bytes(b"old")
     (tmp_path / "diverged" / "mine").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     make(tmp_path, overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["diverged", "notes.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".notes.json-abc.tmp", "diverged", "notes.txt"}
     assert [path.name for path in (tmp_path / "diverged").iterdir()] == ["mine"]
+
+
+def lock_elsewhere(path: Path) -> str:
+    """What another process gets that locks the file ``.lock`` by its name, as one on another machine does."""
+    code = "import fcntl, sys\nwith open(sys.argv[1], 'a') as f: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    return done.stderr.strip().rpartition("\n")[2].partition(":")[0]
+
+
+def test_the_lock_is_a_file_of_its_own(tmp_path: Path) -> None:
+    run = used(tmp_path)
+    with run.in_use():
+        assert (tmp_path / ".lock").is_file()
+        assert lock_elsewhere(tmp_path / ".lock") == "BlockingIOError"
+        with run.in_use():  # again in this process
+            pass
+        assert lock_elsewhere(tmp_path / ".lock") == "BlockingIOError"
+    assert lock_elsewhere(tmp_path / ".lock") == ""
+    other = locks.take(tmp_path)
+    with pytest.raises(RunFolderError, match="another process is running"), run.in_use():
+        pass
+    os.close(other)
+    with run.in_use():
+        pass
+
+
+def test_a_folder_with_a_lock_alone_is_empty(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    number = (tmp_path / ".lock").stat().st_ino
+    make(tmp_path)
+    used(tmp_path)
+    make(tmp_path, overwrite=True)
+    assert [(path.name, path.stat().st_ino) for path in tmp_path.iterdir()] == [(".lock", number)]
+
+
+def test_a_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "fcntl", None)
+    with used(tmp_path).in_use():
+        pass
 
 
 def test_file_in_the_way(tmp_path: Path) -> None:
@@ -249,7 +291,7 @@ def test_summary_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     with pytest.raises(RunFolderError, match="no space"):
         run.write_summary({"test_accuracy": 0.9})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"test_accuracy": 0.5}
-    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "summary.json"}
 
 
 def test_peak_memory_grows_with_what_is_used() -> None:

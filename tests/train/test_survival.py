@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import multiprocessing
 import os
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ep_train import TrainConfig, Trainer, checkpoint, epoch, resume, train
+from ep_train import TrainConfig, Trainer, checkpoint, epoch, locks, resume, train
 from ep_train.distributed import Processes
 from ep_train.run_folder import RunFolder, RunFolderError, read_metrics
 from ep_train.signals import stop_on_signals
@@ -126,8 +125,7 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path: Path) -> None:
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     _, path = train(replace(TINY, epochs=1, out=tmp_path / "run"))
     before = {file: file.read_bytes() for file in path.rglob("*.*") if file.is_file()}
-    other = os.open(path, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
+    other = locks.take(path)  # by another descriptor: as another process
     for start in (
         lambda: resume(path, epochs=2, quiet=True),
         lambda: train(replace(TINY, out=path, overwrite=True)),
@@ -138,6 +136,34 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     os.close(other)
     resume(path, epochs=2, quiet=True)
     assert len(read_metrics(path)) == 2
+
+
+@pytest.mark.parametrize("out", [None, "run"])
+def test_a_new_run_has_its_folder_from_the_start(
+    out: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From before its config.json is there: nobody gets in between."""
+    monkeypatch.chdir(tmp_path)
+    taken: list[Path] = []
+
+    def run(self: Trainer, folder: RunFolder) -> dict[str, Any]:
+        with pytest.raises(BlockingIOError):
+            locks.take(folder.path)
+        taken.append(folder.path)
+        return {}
+
+    write = RunFolder.write_config
+
+    def written(self: RunFolder, config: Any) -> Path:
+        with pytest.raises(BlockingIOError):
+            locks.take(self.path)
+        return write(self, config)
+
+    monkeypatch.setattr(Trainer, "run", run)
+    monkeypatch.setattr(RunFolder, "write_config", written)
+    _, path = train(replace(TINY, out=None if out is None else Path(out)))
+    assert taken == [path]
+    os.close(locks.take(path))  # given up
 
 
 def test_signals_after_the_first() -> None:
@@ -184,4 +210,4 @@ def test_memory_of_a_thousand_steps_is_flat(tmp_path: Path, monkeypatch: pytest.
 def test_the_folder_of_a_run_that_was_killed_while_it_began(tmp_path: Path) -> None:
     (tmp_path / ".config.json-x1y2.tmp").write_text("{")
     folder = RunFolder.create(tmp_path, dataset="d", model="m", method="ep", seed=0)
-    assert list(folder.path.iterdir()) == []
+    assert [path.name for path in folder.path.iterdir()] == [".lock"]

@@ -49,6 +49,7 @@ def test_a_run_folder_holds_everything(tmp_path: Path) -> None:
         "summary.json",
         "curves.png",
         "checkpoints",
+        ".lock",
     }
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [set(row) for row in rows] == [METRICS] * 2

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from ..config import TrainConfig
+from ..config_file import with_free
 from ..data import Batches, Dataset, load_dataset
 from ..device import check_name
 from ..trained import Backend, Trained, load_trained
@@ -25,6 +27,10 @@ class EvalConfig:
     """Other images than the run's own: as --dataset of ep-train; of the same size and classes."""
     data_root: Path | None = None
     """Folder that holds the dataset's files (default: the run's, or the dataset's usual place)."""
+    data_cache: Literal["memory", "mmap"] | None = None
+    """Where the images of a folder:PATH are: memory or mmap (default: as in the run)."""
+    threads: int | None = None
+    """CPU threads (default: as in the run)."""
     split: Literal["test", "train"] = "test"
     """Which images."""
     free_steps: int | None = None
@@ -47,7 +53,10 @@ class EvalConfig:
 def run_eval(config: EvalConfig) -> int:
     """The command; returns its exit code."""
     trained = load_trained(config.run, device=config.device, backend=config.backend, free_steps=config.free_steps)
-    dataset = _dataset(config, trained)
+    own = with_free(trained.config, data_root=config.data_root, data_cache=config.data_cache, threads=config.threads)
+    if own.threads is not None:
+        torch.set_num_threads(own.threads)
+    dataset = _dataset(config, own)
     trained.check(dataset)
     result = {"run": str(config.run), **evaluate(trained, dataset, config.split, batch_size=config.batch_size)}
     if config.json is None or str(config.json) != "-":
@@ -108,15 +117,14 @@ def evaluate(
     }
 
 
-def _dataset(config: EvalConfig, trained: Trained) -> Dataset:
+def _dataset(config: EvalConfig, own: TrainConfig) -> Dataset:
     """The run's own, with its limits and the images that its seed held out, or another one whole."""
-    own = trained.config
     if config.dataset is not None:
-        cache = own.data_cache if config.dataset.startswith("folder:") else "memory"
+        cache = own.data_cache if config.data_cache is not None or config.dataset.startswith("folder:") else "memory"
         return load_dataset(config.dataset, root=config.data_root, seed=own.seed, data_cache=cache)
     return load_dataset(
         own.dataset,
-        root=config.data_root or own.data_root,
+        root=own.data_root,
         train_limit=own.train_limit,
         test_limit=own.test_limit,
         seed=own.seed,

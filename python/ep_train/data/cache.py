@@ -7,7 +7,6 @@ truncated, changed, of another version or of another key reads as absent.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,9 +14,10 @@ import os
 import struct
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ep_train import locks
 from ep_train.data.dataset import Statistics, histograms_of, statistics_of
 from ep_train.data.decode import BLOCK, Pixels, cores
 
@@ -35,6 +36,7 @@ SUFFIX = ".safetensors"
 _VERSION = "1"
 _NAME = "images"
 _HEADER = 4096  # bytes before the pixels: a page, so that they are aligned when mapped
+_OLD = 3600.0  # seconds since a file was written to, after which it may be what a killed process left
 
 
 class Cached(NamedTuple):
@@ -95,6 +97,8 @@ class CacheWriter:
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file, self._temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+        with suppress(OSError):  # where files cannot be locked, no other process removes it
+            locks.lock(self._file)
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -155,23 +159,21 @@ def write_cache(path: Path, key: str, images: Pixels, train: int) -> Statistics 
 def alone(folder: Path) -> Iterator[bool]:
     """One process at a time in here; True: another one was, so what it made may be there by now.
 
-    What killed processes left half-written is removed.
+    What killed processes left half-written is removed once it is an hour old.
 
-    Where folders cannot be locked, processes do the same work side by side, each in its own temporary file.
+    Where the folder cannot be locked, processes do the same work side by side, each in its own temporary file.
     """
     descriptor = None
     waited = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = locks.take(folder)
         except BlockingIOError:
             _log.info("another process decodes images into %s: waiting for it", folder)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            descriptor = locks.take(folder, wait=True)
             waited = True
-        for left in folder.glob(".*.tmp"):  # of nobody who is alive, who would hold the lock
-            left.unlink()
+        _remove_left(folder)
     except OSError as error:
         _log.debug("%s cannot be locked (%s)", folder, error)
     try:
@@ -179,6 +181,21 @@ def alone(folder: Path) -> Iterator[bool]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _remove_left(folder: Path) -> None:
+    """What killed processes left: nobody has written to it for an hour, and nobody holds its lock (a process that could
+    not lock the folder still writes)."""
+    for left in folder.glob(".*.tmp"):
+        with suppress(OSError):  # it is gone, or somebody's
+            if time.time() - left.stat().st_mtime < _OLD:
+                continue
+            file = os.open(left, os.O_RDWR)
+            try:
+                locks.lock(file)
+                left.unlink()
+            finally:
+                os.close(file)
 
 
 def _write(file: int, data: memoryview, offset: int) -> None:

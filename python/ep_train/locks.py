@@ -1,0 +1,48 @@
+"""Locks between processes: the file ``.lock`` in a folder, which one process at a time holds with ``flock``.
+
+It is a file of its own, opened for writing: over NFS a lock of the folder itself, or of what is only read, keeps nobody
+on another machine out. It stays where it is: removed, it could not be told from a new one by who waits for it. The
+system gives a lock up when its process ends, however that happens.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+
+
+def take(folder: Path, *, wait: bool = False) -> int:
+    """Lock a folder.
+
+    Args:
+        wait: until another process gives it up.
+
+    Returns:
+        A descriptor: to close it gives the lock up.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: it cannot be locked there.
+    """
+    descriptor = os.open(folder / LOCK, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        lock(descriptor, wait=wait)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def lock(descriptor: int, *, wait: bool = False) -> None:
+    """Lock a file that is open for writing, until it is closed; see :func:`take`."""
+    if fcntl is None:
+        raise OSError(errno.ENOLCK, "this system has no flock")
+    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
