@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,10 +77,7 @@ def known(key: str) -> Dynamics:
         body, settings = json.loads(zlib.decompress(base64.urlsafe_b64decode(key)))
         config = RelaxConfig.from_dict(settings)
         body["readout"] = Head(**body["readout"])
-        body["connections"] = [
-            Connection(**{name: tuple(v) if isinstance(v, list) else v for name, v in conn.items()})
-            for conn in body["connections"]
-        ]
+        body["connections"] = [Connection(**_hashable(values)) for values in body["connections"]]
         network = Network(**body)
     except (ValueError, TypeError, LookupError, AttributeError, zlib.error) as error:
         raise RuntimeError(
@@ -92,6 +90,11 @@ def known(key: str) -> Dynamics:
         phases = ((4 / 3, nudge), (-1 / 3, replace(nudge, beta=2 * config.beta)))
     pooled = tuple(c for c, conn in enumerate(network.connections) if conn.pool == "max")
     return Dynamics(network, config, phases, pooled)
+
+
+def _hashable(values: dict[str, Any]) -> dict[str, Any]:
+    """With tuples for JSON's lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def free_states(
