@@ -115,7 +115,7 @@ def save(folder: Path, state: dict[str, Any], *, keep: int = 2) -> Path:
         left = existing(folder)
         then = f"the last one is {left[-1].name}" if left else "there is none before it"
         raise CheckpointError(f"{path}: cannot write the checkpoint ({_reason(error)}); {then}") from error
-    _prune(folder, keep)
+    _prune(folder, keep, path)
     return path
 
 
@@ -229,6 +229,21 @@ def set_aside(refused: list[Path]) -> None:
             raise CheckpointError(f"{path}: cannot be renamed to {name}: {error}") from error
 
 
+def remove_newer(folder: Path, than: Path) -> None:
+    """Remove a run's checkpoints that are newer than one of them.
+
+    Raises:
+        CheckpointError: they cannot be removed.
+    """
+    found = existing(folder)
+    path = than
+    try:
+        for path in reversed(found[found.index(than) + 1 :]):
+            durable.remove_folder(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be removed: {_reason(error)}") from error
+
+
 def model_of(folder: Path) -> dict[str, Any]:
     """The newest good checkpoint for whoever wants its "model" only; one of version 0.1.0 will do.
 
@@ -271,15 +286,16 @@ def _parts(folder: Path) -> list[Path]:
     return list((folder / FOLDER).glob(f".*{durable.PART}"))
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int, saved: Path) -> None:
+    """Remove all but the newest ``keep`` and, whatever its step, the one just ``saved``."""
     complete = 0
-    for age, path in enumerate(reversed(existing(folder))):
+    for path in reversed(existing(folder)):
         try:
             manifest = _manifest(path)
             for name, entry in manifest["files"].items():
                 _check_size(path / name, entry["bytes"])
             complete += manifest["scheduled"]
-            wanted = complete <= keep if manifest["scheduled"] else age == 0
+            wanted = path == saved or (manifest["scheduled"] and complete <= keep)
         except CheckpointError:
             wanted = complete < keep
         if not wanted:

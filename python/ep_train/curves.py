@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from . import durable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,12 +60,8 @@ def plot_curves(metrics_rows: Iterable[Mapping[str, Any]], path: Path, *, title:
         _draw(axes, epochs, label, curves)
     if title:
         figure.suptitle(textwrap.fill(title, 38 * len(drawn)), fontsize=12)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with durable.replacing(path) as temporary:
         figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

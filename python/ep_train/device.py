@@ -61,12 +61,29 @@ def describe(device: torch.device) -> str:
 
 
 @contextmanager
-def in_force(device: torch.device, *, tf32: bool) -> Iterator[None]:
-    """Compute on ``device``: it is the current one, and cuDNN's float32 convolutions take tf32 operands only if asked.
+def kernels(backend: str) -> Iterator[None]:
+    """Compute by that backend; ``auto`` leaves the one in force, as an environment variable may say."""
+    if backend == "auto":
+        yield
+        return
+    with backends.backend(backend):
+        yield
+
+
+@contextmanager
+def in_force(device: torch.device, *, tf32: bool, backend: str = "auto") -> Iterator[None]:
+    """Compute on ``device`` by ``backend`` (:func:`kernels`): it is the current one, and cuDNN's float32 convolutions
+    take tf32 operands only if asked.
 
     torch's own default is to take them, which would make float32 mean tf32 wherever the reference runs. The CPU has
     nothing to set.
     """
+    with kernels(backend), _current(device, tf32=tf32):
+        yield
+
+
+@contextmanager
+def _current(device: torch.device, *, tf32: bool) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ep_kernels import free_phase
+from ep_kernels import ConvergenceError, free_phase
 
 from . import durable
 from .feedforward import feedforward_states
@@ -42,7 +42,7 @@ class Step:
     Attributes:
         number: steps of the run before it. epoch: from 1. batch: of the epoch, from 0.
         indices: of its images in the training split.
-        loss, gradient: the batch's mean loss, and the norm of the whole gradient.
+        loss, gradient: the batch's mean loss, and the norm of the whole gradient; None: it did not come to them.
         later: steps that the weights have moved since; 0: they are those that it started from.
     """
 
@@ -50,8 +50,8 @@ class Step:
     epoch: int
     batch: int
     indices: list[int]
-    loss: float
-    gradient: float
+    loss: float | None
+    gradient: float | None
     later: int
 
 
@@ -128,7 +128,7 @@ def keep(trainer: Trainer, folder: Path, error: Diverged) -> None:
     number = trainer.step if step is None else step.number
     with torch.no_grad():
         layers = layer_numbers(trainer, step)
-    error.layer = culprit(layers)
+    error.layer = culprit(layers, unconverged=step is not None and step.loss is None)
     path = folder / FOLDER / f"step-{number:08d}"
     if path.exists() or kept >= MOST:
         error.kept = path if path.exists() else None
@@ -158,6 +158,16 @@ def keep(trainer: Trainer, folder: Path, error: Diverged) -> None:
         error.kept = path
     except OSError as problem:
         error.layer = f"{error.layer}; {path} cannot be written ({problem.strerror or problem})"
+
+
+def keep_unconverged(trainer: Trainer, folder: Path, error: ConvergenceError) -> str:
+    """Keep the batch whose free phase did not converge as :func:`keep` does; returns the message with all of that."""
+    epoch, batch = trainer.epoch + 1, trainer.partial.batches
+    indices = next(trainer.train.indexed(epoch, start=batch))[2]
+    trainer.optimizer.zero_grad()  # they are those of the batch before
+    found = Diverged(str(error), Step(trainer.step, epoch, batch, indices.tolist(), None, None, later=0))
+    keep(trainer, folder, found)
+    return str(found)
 
 
 def layer_numbers(trainer: Trainer, step: Step | None) -> list[dict[str, Any]]:
@@ -194,12 +204,13 @@ def layer_numbers(trainer: Trainer, step: Step | None) -> list[dict[str, Any]]:
     return layers
 
 
-def culprit(layers: list[dict[str, Any]]) -> str:
-    """The lowest layer with something that is not finite, else the one with the largest weight."""
+def culprit(layers: list[dict[str, Any]], *, unconverged: bool = False) -> str:
+    """The lowest layer with something that is not finite, else the one with the largest weight, or residual."""
     for key, word in (("weight", "weights"), ("state", "states"), ("gradient", "gradients")):
         for row in layers:
             count = row.get(f"{key}_nonfinite", 0)
             if count:
                 return f"layer {row['layer']} of {len(layers)} has {count} {word} that are not finite"
-    worst = max(layers, key=lambda row: row["weight_largest"])
-    return f"layer {worst['layer']} of {len(layers)} has the largest weight, {worst['weight_largest']:.3g}"
+    key, word = ("residual", "residual") if unconverged else ("weight_largest", "weight")
+    worst = max(layers, key=lambda row: row.get(key, 0.0))  # the readout has no residual
+    return f"layer {worst['layer']} of {len(layers)} has the largest {word}, {worst[key]:.3g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,24 +16,61 @@ from typing import BinaryIO
 PART = ".part"  # ends the name of a folder that is not complete
 
 
+@contextmanager
+def replacing(path: Path, *, suffix: str = ".tmp") -> Iterator[Path]:
+    """An empty file of another name in the same folder, which takes the place of ``path`` when the block ends without
+    an error; after one it is removed.
+
+    Args:
+        suffix: ends its name; by default what a killed process leaves is known by it.
+
+    Raises:
+        OSError: it cannot be written; the old file is as it was.
+    """
+    handle, temporary = new_file(path, suffix=suffix)
+    os.close(handle)
+    try:
+        yield temporary
+        put_in_place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def new_file(path: Path, *, suffix: str = ".tmp") -> tuple[int, Path]:
+    """A file beside ``path`` under a name that nobody has: its descriptor, for reading and writing, and its path.
+
+    It has the permissions of any new file, where those of :mod:`tempfile` are private.
+
+    Args:
+        suffix: see :func:`replacing`.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}{suffix}")
+    return os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), temporary
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a file of the same folder its name, once all of it is on the disk.
+
+    Raises:
+        OSError: it cannot be brought there.
+    """
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace a file by a new one.
 
     Raises:
         OSError: it cannot be written; the old one is as it was.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager

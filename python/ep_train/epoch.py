@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ep_kernels import ConvergenceError
 
 from .divergence import Diverged, Step, gradient_norm, keep, wrong
 from .learners import Batch
@@ -53,6 +56,8 @@ def train_epoch(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     Raises:
         Diverged: see :func:`~ep_train.divergence.wrong`; with "continue", more than half the batches were left out.
         Stopped: a signal asked for it; every batch that was begun is counted in ``trainer.partial``.
+        ConvergenceError: a free phase ended above ``tol``, with ``on_fail`` raise; of a single process every batch
+            before it is counted.
         CheckpointError: a checkpoint on the way cannot be written.
     """
     config = trainer.config
@@ -63,11 +68,14 @@ def train_epoch(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     began = time.perf_counter()
     unread: list[Unread] = []
 
-    def show(batches: int, residual: float | None) -> None:
+    def count_seconds() -> None:
         nonlocal began
         now = time.perf_counter()
         done.seconds += now - began
         began = now
+
+    def show(batches: int, residual: float | None) -> None:
+        count_seconds()
         progress.update(
             loss=done.loss_sum / done.seen,
             accuracy=done.correct / done.seen,
@@ -76,20 +84,30 @@ def train_epoch(trainer: Trainer, progress: Progress) -> dict[str, Any]:
             batches=batches,
         )
 
+    def read_all() -> None:
+        """Losses of batches that the optimizer has used."""
+        if unread:
+            show(len(unread), _add_up(trainer, unread, moved=1))
+
     for images, labels, indices in trainer.train.indexed(epoch, start=done.batches):
         if trainer.stopping:
-            if unread:
-                show(len(unread), _add_up(trainer, unread, moved=1))
+            read_all()
             raise Stopped
         buffers = [b.clone() for b in trainer.model.buffers()] if lenient else []
         trainer.ask(read=time.perf_counter() - began >= READ_EVERY)
-        result, size = trainer.learn(Batch(images, labels, indices, epoch, done.batches + len(unread)))
+        try:
+            result, size = trainer.learn(Batch(images, labels, indices, epoch, done.batches + len(unread)))
+        except ConvergenceError:
+            if not trainer.processes.several:  # a loss that is wrong would concern the others, who are elsewhere
+                read_all()
+            raise
         unread.append(Unread(result, gradient_norm(trainer.model), indices, size))
         wanted = trainer.agreement.answer()["read"]
         count = len(unread)
         save = trainer.checkpoint_due(done.batches + count)
         due = lenient or save or trainer.device.type == "cpu" or wanted
         residual: float | None = None
+        left_out = False
         if due:
             try:
                 residual = _add_up(trainer, unread)
@@ -98,16 +116,18 @@ def train_epoch(trainer: Trainer, progress: Progress) -> dict[str, Any]:
                     raise
                 _leave_out(trainer, error, buffers)
                 unread.clear()
-                continue
-        trainer.optimizer.step()
-        trainer.scheduler.step()
-        if due:
-            show(count, residual)
+                left_out = True
+        if left_out:
+            count_seconds()
+        else:
+            trainer.optimizer.step()
+            trainer.scheduler.step()
+            if due:
+                show(count, residual)
         if save:
             trainer.save()
             began = time.perf_counter()
-    if unread:
-        show(len(unread), _add_up(trainer, unread, moved=1))
+    read_all()
     if done.skipped:
         progress.note(
             f"epoch {epoch}: {done.skipped} of {len(trainer.train)} batches left out: the loss had run away, or it or "
@@ -150,7 +170,9 @@ def _leave_out(trainer: Trainer, error: Diverged, buffers: list[Tensor]) -> None
         raise Diverged(
             f"more than half of epoch {trainer.epoch + 1} was left out: lower --lr or --feedback-gain"
         ) from error
-    trainer.scheduler.step()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # before any other step
+        trainer.scheduler.step()
 
 
 def _add_up(trainer: Trainer, unread: list[Unread], *, moved: int = 0) -> float | None:

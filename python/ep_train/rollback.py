@@ -52,7 +52,9 @@ def go_back(trainer: Trainer, folder: RunFolder, error: Diverged) -> str:
 
 
 def _last_good(folder: Path) -> tuple[checkpoint.Found, list[dict[str, Any]]]:
-    """The checkpoint to go back to, and the metrics up to it; damaged ones are put aside."""
+    """The checkpoint to go back to, and the metrics up to it; damaged ones are put aside, and what a stop has left
+    after it is removed: it is of the steps that are taken back."""
     found = checkpoint.newest_good(folder, scheduled=True)
     checkpoint.set_aside(found.refused)
+    checkpoint.remove_newer(folder, found.path)
     return found, RunFolder.resume(folder, before_epoch=found.state["epoch"] + 1).read_metrics()

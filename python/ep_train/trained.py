@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -102,10 +102,7 @@ class Trained:
     @contextmanager
     def in_force(self) -> Iterator[None]:
         """Compute on this device with this backend."""
-        with ExitStack() as stack:
-            if self.backend != "auto":  # which leaves the environment variable in force
-                stack.enter_context(ep_kernels.backend(self.backend))
-            stack.enter_context(devices.in_force(self.device, tf32=self.config.operands == "tf32"))
+        with devices.in_force(self.device, tf32=self.config.operands == "tf32", backend=self.backend):
             yield
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from .distributed import (
     shared_step,
     spread,
 )
-from .divergence import Diverged, check_weights
+from .divergence import Diverged, check_weights, keep_unconverged
 from .epoch import Partial, Stopped, train_epoch
 from .learners import Batch, NetworkLearner, make_learner
 from .memory import peak_memory_bytes
@@ -39,8 +38,8 @@ from .optim import make_optimizer, make_scheduler
 from .probe import IMAGES, probe_gradient
 from .progress import Progress
 from .rollback import go_back
-from .run_folder import RunFolder
-from .signals import PREEMPTED, stop_on_signals
+from .run_folder import CONFIG, RunFolder
+from .signals import ASKING, stop_on_signals
 from .stability import advice, diagnose
 from .step import StepResult
 from .summary import closing, headline, summarise
@@ -75,7 +74,7 @@ class Trainer:
         # what is not there or cannot run is refused before anything is written
         device = devices.resolve(config.device, "TrainConfig", backend=config.backend)
         self.device = own_device(processes, device, config.device)
-        with _backend(config.backend):
+        with devices.kernels(config.backend):
             backends.choose(self.device, storage=config.relax_config().storage)
         if config.tensorboard:
             require_tensorboard()
@@ -117,7 +116,7 @@ class Trainer:
             shard=(processes.rank, processes.count),
         )
         self.mean = GradientMean(processes)
-        self.agreement = Agreement(processes, ("stop", "preempted", "read"))
+        self.agreement = Agreement(processes, ("stop", *ASKING, "read"))
         self.advised: str | None = None
         self.optimizer = make_optimizer(self.learner, config)
         self.scheduler = make_scheduler(self.optimizer, config, config.epochs * len(self.train))
@@ -145,7 +144,8 @@ class Trainer:
 
     def ask(self, *, read: bool) -> None:
         """Begin to agree, while a batch is computed, on what all processes do after it."""
-        self.agreement.ask(stop=self.stop_asked, preempted=self.stop_signal == PREEMPTED, read=read)
+        signals = {name: self.stop_signal == name for name in ASKING}
+        self.agreement.ask(stop=self.stop_asked, **signals, read=read)
 
     def learn(self, batch: Batch) -> tuple[StepResult, int]:
         """Gradients of a batch into ``.grad``; of all processes together its result and its number of images."""
@@ -226,7 +226,8 @@ class Trainer:
         Raises:
             Diverged: the loss, a gradient or a weight is not finite, or the loss has run away (the summary is written
                 first).
-            ConvergenceError: a free phase ended above ``tol``, with ``on_fail`` raise (likewise).
+            ConvergenceError: a free phase ended above ``tol``, with ``on_fail`` raise (likewise, and a checkpoint of
+                the steps before it).
             CheckpointError, RunFolderError: a file cannot be written; the last good checkpoint is as it was.
         """
         status = "finished"
@@ -236,8 +237,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with (
-            _backend(self.config.backend),
-            devices.in_force(self.device, tf32=self.config.operands == "tf32"),
+            devices.in_force(self.device, tf32=self.config.operands == "tf32", backend=self.config.backend),
             folder.in_use(),
             stop_on_signals(self),
             open_board(shown, folder.path, after_step=self.epoch * len(self.train)) as board,
@@ -275,8 +275,9 @@ class Trainer:
                     self.save()
             except (Stopped, KeyboardInterrupt) as error:
                 status = "interrupted"
-                if self.processes.several:
-                    self.stop_signal = PREEMPTED if self.agreement.agreed["preempted"] else "SIGTERM"
+                told = [name for name in ASKING if self.agreement.agreed[name]]
+                if told:  # to one process or another; PREEMPTED, the last of them, means that the run is wanted again
+                    self.stop_signal = told[-1]
                 try:
                     if isinstance(error, Stopped):  # between two batches: the weights are whole
                         self.save()
@@ -286,7 +287,10 @@ class Trainer:
                 progress.note(f"stopped after {where}; {what_is_left(folder)}")
             except LostContact as error:
                 raise LostContact(f"{error}; {what_is_left(folder)}") from error
-            except (Diverged, ep_kernels.ConvergenceError) as error:
+            except ep_kernels.ConvergenceError as error:
+                status, failure = "diverged", error
+                self._save_unconverged(folder, error)
+            except Diverged as error:
                 status, failure = "diverged", error
             summary = summarise(self, status)
             folder.write_summary(summary)
@@ -299,6 +303,21 @@ class Trainer:
                 raise failure if self.processes.first else FirstFailed(str(failure))
             progress.note(closing(summary, folder))
         return summary
+
+    def _save_unconverged(self, folder: RunFolder, error: ep_kernels.ConvergenceError) -> None:
+        """Keep the batch, with a checkpoint of the steps before it unless the states are not finite; all of it is then
+        part of the error's message. Several processes keep the checkpoints that there are: one of them alone knows."""
+        message = str(error)
+        if not self.processes.several:
+            message = keep_unconverged(self, folder.path, error)
+            try:
+                if error.equilibrium.residual.isfinite().all():
+                    self.save()
+            except (Diverged, checkpoint.CheckpointError) as problem:
+                message = f"{message}; {problem}"
+        change = f"change one of these or on_fail in {folder.path / CONFIG}, then "
+        how = what_is_left(folder)
+        error.args = (f"{message}; {change if checkpoint.existing(folder.path) else ''}{how}",)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -382,12 +401,3 @@ def new_folder(config: TrainConfig, held: ExitStack | None = None) -> RunFolder:
     )
     folder.write_config(dataclasses.asdict(portable(config)))
     return folder
-
-
-@contextmanager
-def _backend(name: str) -> Iterator[None]:
-    if name == "auto":  # leaves the environment variable in force
-        yield
-    else:
-        with ep_kernels.backend(name):
-            yield

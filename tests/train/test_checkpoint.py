@@ -90,6 +90,30 @@ def test_one_that_a_signal_asked_for_counts_until_there_is_a_newer_one(tmp_path:
     assert names(tmp_path) == ["step-00000004", "step-00000008"]
 
 
+def test_the_one_just_written_is_kept_whatever_its_step(tmp_path: Path, state: dict[str, Any]) -> None:
+    for step, scheduled in ((4, True), (8, True), (11, False)):
+        checkpoint.save(tmp_path, {**state, "step": step, "scheduled": scheduled}, keep=1)
+    path = checkpoint.save(tmp_path, {**state, "step": 9, "scheduled": False}, keep=1)  # of a run that went back
+    assert path.is_dir()
+    assert names(tmp_path) == ["step-00000008", "step-00000009"]
+    checkpoint.save(tmp_path, {**state, "step": 12, "scheduled": True}, keep=1)
+    assert checkpoint.save(tmp_path, {**state, "step": 10, "scheduled": True}, keep=1).is_dir()
+
+
+def test_newer_ones_are_removed(tmp_path: Path, state: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *_ = (checkpoint.save(tmp_path, {**state, "step": step}, keep=9) for step in (4, 4, 9, 11))
+    checkpoint.remove_newer(tmp_path, second)
+    assert names(tmp_path) == ["step-00000004", "step-00000004-2"]
+
+    def full(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(durable, "remove_folder", full)
+    with pytest.raises(CheckpointError, match="step-00000004-2: cannot be removed: Read-only file system"):
+        checkpoint.remove_newer(tmp_path, first)
+    checkpoint.remove_newer(tmp_path, second)  # there is none
+
+
 def test_what_a_killed_process_left_is_removed_and_never_read(tmp_path: Path, state: dict[str, Any]) -> None:
     part = tmp_path / "checkpoints" / ".step-00000003-abcd.part"
     part.mkdir(parents=True)

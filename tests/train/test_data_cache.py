@@ -191,7 +191,7 @@ def test_every_single_changed_byte_is_noticed(tmp_path: Path, how: folder.DataCa
 # --- what fails while it is written -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["mkstemp", "posix_fallocate", "pwrite", "fsync", "replace"])
+@pytest.mark.parametrize("where", ["new_file", "posix_fallocate", "pwrite", "fsync", "replace"])
 @pytest.mark.parametrize("how", ["memory", "mmap"])
 def test_a_full_disk_leaves_nothing(
     root: Path, how: folder.DataCache, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_nothing(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"ep_train.data.cache.{'tempfile' if where == 'mkstemp' else 'os'}.{where}", full)
+    monkeypatch.setattr(f"ep_train.data.cache.{'durable' if where == 'new_file' else 'os'}.{where}", full)
     if how == "memory":
         assert len(load(root, how).train_labels) == 70
         assert "cannot keep the decoded images" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,83 @@ def test_a_rollback_is_the_same_in_a_run_that_was_stopped(
     assert numbers(folder.path) == numbers(gone_back)
     ours, theirs = checkpoint.load(folder.path), checkpoint.load(gone_back)
     assert all(torch.equal(ours["model"][name], tensor) for name, tensor in theirs["model"].items())
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    """Ask for the end during that batch, counted from now on."""
+    original, count = Trainer.learn, 0
+
+    def learn(self: Trainer, batch: Any) -> Any:
+        nonlocal count
+        count += 1
+        self.stop_asked = self.stop_asked or count == batches
+        return original(self, batch)
+
+    monkeypatch.setattr(Trainer, "learn", learn)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_stops_before_and_after_rollbacks(keep: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped at step 11, where it diverges twice; then again at a lower step, whose checkpoint is the newest."""
+    fail_at(monkeypatch, lambda trainer: trainer.step == 11 and rate(trainer) > 0.003)
+    config = replace(ROLLBACK, keep_checkpoints=keep)
+    _, whole = train(replace(config, out=tmp_path / "whole"))
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 11)
+        assert train(replace(config, out=path))[0]["status"] == "interrupted"
+    assert checkpoint.existing(path)[-1].name == "step-00000011"
+    for step, count in ((10, 1), (9, 2)):  # 11 fails, 8, 9; then 10, 11 fails, 8
+        with monkeypatch.context() as patch:
+            stop_after(patch, 3)
+            assert resume(path, quiet=True)[0]["status"] == "interrupted"
+        state = checkpoint.load(path)
+        assert (state["step"], state["rollbacks"]) == (step, count)
+        assert [p.name for p in checkpoint.existing(path)][-2:] == ["step-00000008", f"step-{step:08d}"]
+    assert resume(path, quiet=True)[0]["status"] == "finished"
+    assert numbers(path) == numbers(whole)
+    ours, theirs = checkpoint.load(path), checkpoint.load(whole)
+    assert all(torch.equal(ours["model"][name], tensor) for name, tensor in theirs["model"].items())
+
+
+def test_a_rollback_takes_back_what_a_stop_has_left_after_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between a rollback and the next checkpoint, a run goes on from where it went back to."""
+    fail_at(monkeypatch, lambda trainer: trainer.step == 11 and rate(trainer) > 0.006)
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 11)
+        train(replace(ROLLBACK, out=path))
+
+    def killed(self: Trainer, batch: Any) -> Any:
+        if self.rollbacks:
+            raise MemoryError
+        return original(self, batch)
+
+    original = Trainer.learn
+    monkeypatch.setattr(Trainer, "learn", killed)
+    with pytest.raises(MemoryError):
+        resume(path, quiet=True)
+    assert [p.name for p in checkpoint.existing(path)] == ["step-00000006", "step-00000008"]
+
+
+def test_a_batch_that_is_left_out_leaves_the_checkpoint_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, lambda trainer: trainer.step in (0, 3))
+    config = replace(TINY, epochs=1, on_divergence="continue", checkpoint_every=1, keep_checkpoints=9)
+    _, path = train(replace(config, out=tmp_path / "run"))
+    found = checkpoint.existing(path)
+    assert [p.name for p in found] == [f"step-{step:08d}" for step in range(1, 7)]
+    before = checkpoint.load(path)["model"]
+    for later in found[4:]:
+        shutil.rmtree(later)
+    row = numbers(path)
+    assert checkpoint.load(path)["partial"]["skipped"] == 2
+    resume(path, quiet=True)
+    assert numbers(path) == row
+    assert all(torch.equal(tensor, before[name]) for name, tensor in checkpoint.load(path)["model"].items())
 
 
 def test_a_rollback_in_the_first_epoch_goes_to_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

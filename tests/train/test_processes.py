@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ep_train import TrainConfig, Trainer, train
-from ep_train.distributed import ProcessError, Processes, from_environment, own_device, voice
+from ep_train.distributed import LostContact, ProcessError, Processes, from_environment, own_device, voice
 from ep_train.run_folder import RunFolderError, read_metrics
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
@@ -87,6 +90,52 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_several_processes_cannot_serve(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Trainer(replace(TINY, **changes), processes=Processes(3, 16))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited"),
+        dist.DistNetworkError("The client socket has timed out"),
+        RuntimeError(
+            "[/w/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:34452. "
+            "This is typically caused by a remote worker crashing."
+        ),
+        RuntimeError("[/w/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3000ms for recv operation"),
+        RuntimeError("Application timeout caused pair closure"),
+        RuntimeError("NCCL communicator was aborted on rank 1."),
+    ],
+)
+def test_an_exchange_that_fails(error: Exception) -> None:
+    with pytest.raises(LostContact, match=r"no contact with .*: one has ended or hangs \(") as caught, lose(error):
+        pass
+    assert caught.value.__cause__ is error
+    assert str(error).splitlines()[0] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB (NCCL holds 2 GiB)"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700),
+        RuntimeError("The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 0"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("[enforce fail at /w/gloo/gloo/transport/tcp/pair.cc:456] op.preamble.length <= op.nbytes"),
+        ProcessError("options: expected those of the first process"),
+        ValueError("Default process group has not been initialized"),
+    ],
+)
+def test_an_error_of_another_kind_passes(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, lose(error):
+        pass
+    assert caught.value is error
+
+
+@contextmanager
+def lose(error: Exception) -> Iterator[None]:
+    with Processes(0, 2).contact():
+        raise error
+    yield
 
 
 def test_resume_or_start(tmp_path: Path) -> None:

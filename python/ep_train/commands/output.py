@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,26 +15,11 @@ from ..run_folder import to_json
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file in the same folder, which takes the place of ``path`` when the block ends without an error.
-
-    The file is on the disk in full before it gets its name. Its name ends as that of ``path``.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
+    """:func:`ep_train.durable.replacing` for a file that a user has named: its folder is made where there is none, and
+    the temporary file's name ends as that of ``path``, which some writers go by."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with durable.replacing(path, suffix=path.suffix) as temporary:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-        durable.sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import struct
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ep_train import locks
+from ep_train import durable, locks
 from ep_train.data.dataset import Statistics, histograms_of, statistics_of
 from ep_train.data.decode import BLOCK, Pixels, cores
 
@@ -96,7 +95,7 @@ class CacheWriter:
         self.path, self.key, self.train = path, key, train
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file, self._temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+        self._file, self._temporary = durable.new_file(path)
         with suppress(OSError):  # where files cannot be locked, no other process removes it
             locks.lock(self._file)
 
@@ -105,7 +104,7 @@ class CacheWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         os.close(self._file)
-        Path(self._temporary).unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)
 
     def begin(self, shape: tuple[int, int, int, int]) -> None:
         """Make room for [N, H, W, C]: a disk that is too small is found before anything is decoded."""
@@ -134,8 +133,7 @@ class CacheWriter:
         header = json.dumps({"__metadata__": metadata, _NAME: tensor}).encode()
         size = _HEADER - 8  # a number of 8 bytes comes first
         _write(self._file, memoryview(struct.pack("<Q", size) + header.ljust(size)), 0)
-        os.fsync(self._file)
-        os.replace(self._temporary, self.path)
+        durable.put_in_place(self._temporary, self.path)
         return mean, std
 
 

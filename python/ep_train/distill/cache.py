@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import durable
 from ..data import Batches, Dataset
 from ..teachers import Normalisation, Teacher
 
@@ -100,15 +99,8 @@ class LogitCache:
     def _write(self) -> None:
         logits = self.logits.cpu().numpy()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.stem}-", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, key=np.array(self.key), sha256=np.array(_digest(logits.tobytes())), logits=logits)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with durable.replacing(self.path) as temporary, temporary.open("wb") as file:
+            np.savez(file, key=np.array(self.key), sha256=np.array(_digest(logits.tobytes())), logits=logits)
 
 
 def cache_key(teacher: Teacher, dataset: Dataset) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from torch import Tensor
 T = TypeVar("T")
 TIMEOUT = "EP_TRAIN_TIMEOUT"
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+GONE = re.compile(  # how plain errors of an exchange begin: mostly with gloo's file and line; NCCL's have its name
+    r"\[(?!enforce fail)[^]\n]*\bgloo/[^]\n]*\]|Gloo connect|Application timeout caused pair closure"
+    r"|Connection (closed|reset) by peer|Socket (unexpectedly )?closed|Socket Timeout|Timed out waiting|.*\bNCCL\b"
+)
 HOW = "start the processes with: torchrun --nproc-per-node N -m ep_train ..."
 
 
@@ -150,16 +155,29 @@ class Processes:
 
     @contextmanager
     def contact(self) -> Iterator[None]:
-        """Errors of the exchange within, as one that says what has happened."""
+        """Errors of the exchange within, as one that says what has happened; others (no memory, a broken GPU) pass.
+
+        Raises:
+            LostContact: another process is gone.
+        """
         try:
             yield
-        except RuntimeError as error:  # of gloo and NCCL alike
+        except RuntimeError as error:
+            if not _of_exchange(error):
+                raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise LostContact(f"no contact with the other processes: one has ended or hangs ({reason})") from error
 
     def _broadcast(self, sent: list[Any]) -> None:
         with self.contact():
             dist.broadcast_object_list(sent, 0, device=torch.device("cpu"))
+
+
+def _of_exchange(error: RuntimeError) -> bool:
+    """It is torch's for an exchange that failed, or what gloo and NCCL say as a plain RuntimeError."""
+    if isinstance(error, dist.DistError):
+        return True
+    return type(error) is RuntimeError and GONE.match(str(error)) is not None
 
 
 def _short(value: object, length: int = 300) -> str:
