@@ -17,7 +17,7 @@ from ep_kernels import Network
 from .config import STORAGES, TrainConfig
 from .data import Dataset
 from .distill import Distillation
-from .distributed import GradientMean
+from .distributed import GradientMean, Processes
 from .dropout import Dropout
 from .feedforward import feedforward_states
 from .losses import AugmentedLoss, LocalErrors
@@ -88,6 +88,9 @@ class Learner(Protocol):
     def model(self) -> nn.Module:
         """What the optimizer and checkpoints hold."""
 
+    def prepare(self, processes: Processes) -> None:
+        """Before the first batch: what takes a while, and one process does for all."""
+
     def step(self, batch: Batch) -> StepResult:
         """Gradients of a batch into ``.grad``."""
 
@@ -120,6 +123,7 @@ class NetworkLearner:
 
     def __init__(self, config: TrainConfig, dataset: Dataset, device: torch.device) -> None:
         self.config = config
+        self._relax = {sign: config.relax_config(positive_sign=sign) for sign in (False, True)}
         teacher = None
         if config.teacher is not None:
             teacher = load_teacher(
@@ -167,6 +171,14 @@ class NetworkLearner:
         """Layer of a parameter: see :meth:`Model.layer_of`."""
         return self.model.layer_of(name)
 
+    def prepare(self, processes: Processes) -> None:
+        """The teacher's logits into their cache.
+
+        Raises:
+            CacheError, OSError, ProcessError: see :meth:`LogitCache.fill`.
+        """
+        self.loss.fill_cache(processes)
+
     def step(self, batch: Batch) -> StepResult:
         """Gradients of a batch into ``.grad``."""
         masks = None
@@ -175,7 +187,7 @@ class NetworkLearner:
         images, labels, indices = batch.images, batch.labels, batch.indices
         if self.config.method == "backprop":
             return backprop_step(self.model, images, labels, indices=indices, masks=masks, mean=batch.mean)
-        relax = self.config.relax_config(positive_sign=self._sign(batch))
+        relax = self._relax[self._sign(batch)]
         if self.config.method == "bptt":
             return bptt_step(self.model, images, labels, relax, indices=indices, masks=masks, mean=batch.mean)
         states = self.warm.get(indices, images) if self.warm is not None else None
@@ -233,6 +245,8 @@ class NetworkLearner:
 
     def _sign(self, batch: Batch) -> bool:
         """This batch's draw of ``random_sign``: the same whichever batches came before."""
+        if self.config.estimator != "random_sign":
+            return True
         return bool(torch.randint(2, (1,), generator=self._draws(batch, "sign")))
 
     def _draws(self, batch: Batch, what: Literal["dropout", "sign"]) -> torch.Generator:
@@ -274,6 +288,9 @@ class ModuleLearner:
         return dict(self._trained_on)
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def prepare(self, processes: Processes) -> None:
         """Nothing."""
 
     def step(self, batch: Batch) -> StepResult:

@@ -21,6 +21,8 @@ from ep_kernels import Equilibrium, Head, Network, Nudged
 
 from .data import Dataset
 from .distill import Distillation, FeatureTerm, LogitCache, cache_key, pair_features
+from .distill.cache import ALONE
+from .distributed import Processes
 from .teachers import Teacher
 
 
@@ -179,6 +181,20 @@ class AugmentedLoss(nn.Module):
                 self._compared.append(compared)
         return out
 
+    def fill_cache(self, processes: Processes = ALONE) -> None:
+        """Have the logits of all training images in the cache, if there is one, before the first batch asks for them.
+
+        Args:
+            processes: all of a run call this; the first one's teacher looks at the images.
+
+        Raises:
+            Exception: see :meth:`LogitCache.fill`.
+        """
+        if self._cache is not None:
+            (teacher,) = self._unregistered
+            assert self._dataset is not None
+            self._cache.fill(teacher, self._dataset, next(teacher.buffers()).device, processes)
+
     def set_gradients(self, equilibrium: Equilibrium, nudged: Nudged) -> None:
         """Gradients of the maps on the teacher's side into ``.grad``: the mean of their ordinary loss gradients at the
         two contrasted states, of the batch that :meth:`targets` saw last."""
@@ -235,8 +251,7 @@ class AugmentedLoss(nn.Module):
         if self._cache is None or indices is None:
             return teacher.outputs(images)
         if not self._cache.complete:
-            assert self._dataset is not None
-            self._cache.fill(teacher, self._dataset, images.device)
+            self.fill_cache()
         kept = self._cache.get(indices)
         assert kept is not None
         return kept.to(images.dtype), {}

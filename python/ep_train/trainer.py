@@ -252,6 +252,8 @@ class Trainer:
             if self.epoch >= self.config.epochs:
                 progress.note(f"already finished after {self.epoch} epochs; resume with --epochs N to go on")
             try:
+                if self.epoch < self.config.epochs:
+                    self.learner.prepare(self.processes)
                 if self.config.on_divergence == "rollback" and not checkpoint.existing(folder.path):
                     self.save()  # a place to go back to in the first epoch, too
                 while self.epoch < self.config.epochs:

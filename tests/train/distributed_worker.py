@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ep_kernels import Network, RelaxConfig
 from ep_train import Model, TrainConfig, build_network, learners, runs
+from ep_train.data import load_dataset
 from ep_train.distill import Distillation
 from ep_train.distributed import (
     Agreement,
@@ -57,9 +58,9 @@ BOARD = importlib.util.find_spec("tensorboard") is not None
 Step = Callable[..., StepResult]
 
 
-def teacher(shape: tuple[int, int, int]) -> Teacher:
+def teacher(shape: tuple[int, int, int], classes: int = 4) -> Teacher:
     torch.manual_seed(0)
-    return Teacher(build_teacher("vgg11_bn", shape, 4, 3 / 64), image_shape=shape)
+    return Teacher(build_teacher("vgg11_bn", shape, classes, 3 / 64), image_shape=shape)
 
 
 def model(spec: str = "5p-6", shape: tuple[int, int, int] = (1, 8, 8), **options: Any) -> Model:
@@ -252,6 +253,63 @@ def run(folder: Path, name: str, at: int | None = None, do: Callable[[], object]
         learners.ep_step = original
 
 
+def cached(processes: Processes, folder: Path) -> dict[str, Any]:
+    """Images that the teacher sees in this process while the cache of its logits is filled, and what is in it then."""
+    data = load_dataset("digits", train_limit=300, test_limit=10)
+    taught, seen = teacher(data.image_shape, 10), 0
+    outputs = taught.outputs
+
+    def counted(images: Tensor) -> Any:
+        nonlocal seen
+        seen += len(images)
+        return outputs(images)
+
+    taught.outputs = counted  # type: ignore[method-assign]
+    found: dict[str, Any] = {}
+    blocked = folder / "file"
+    blocked.write_text("no folder")
+    for name, path in {
+        "shared": folder / "cache" / "logits.npz",
+        "again": folder / "cache" / "logits.npz",
+        "elsewhere": folder / f"machine-{processes.rank}" / "logits.npz",
+        "elsewhere, again": folder / f"machine-{processes.rank}" / "logits.npz",
+        "blocked": blocked / "logits.npz",
+    }.items():
+        seen = 0
+        distillation = Distillation(1.0, cache=path)
+        network = build_network("4p-5", data.image_shape, 10)
+        loss = AugmentedLoss(network, 10, distillation=distillation, teacher=taught, dataset=data)
+        seen = 0
+        try:
+            loss.fill_cache(processes)
+        except (OSError, ProcessError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+            continue
+        assert loss._cache is not None
+        found[name] = {"seen": seen, "logits": loss._cache.get(torch.arange(300)), "file": path.exists()}
+    return found
+
+
+def distilled(folder: Path) -> Any:
+    """A run with a cache: its summary, with the number of images that the teacher saw here, but for a blank one."""
+    if os.environ["RANK"] == "0":  # the other one waits for it, as soon as the run begins
+        torch.save(build_teacher("vgg11_bn", (1, 8, 8), 10, 4 / 64).state_dict(), folder / "t.pt")
+    original, seen = Teacher.outputs, []
+
+    def counted(self: Teacher, images: Tensor) -> Any:
+        seen.append(len(images))
+        return original(self, images)
+
+    Teacher.outputs = counted  # type: ignore[method-assign]
+    try:
+        options: dict[str, Any] = {"distill_logits": 1.0, "crop_padding": 0, "epochs": 1}
+        spec = f"vgg11_bn:{folder / 't.pt'}"
+        summary = run(folder, "distilled", teacher=spec, teacher_cache=folder / "run.npz", **options)
+        return {**summary, "seen": sum(count for count in seen if count > 1)}
+    finally:
+        Teacher.outputs = original  # type: ignore[method-assign]
+
+
 def nothing() -> StepResult:
     """Of a batch whose loss is no number."""
     return StepResult(torch.tensor(float("nan")), torch.tensor(0), torch.tensor(0.0))
@@ -287,6 +345,8 @@ def main(rank: int, port: int, folder: Path) -> None:
                 "empty": empty_part(processes),
                 "refusals": refusals(processes),
                 "wishes": wishes(processes),
+                "cached": cached(processes, folder),
+                "distilled": distilled(folder),
                 "whole": run(folder, "whole"),
                 "stopped": run(folder, "stopped", 7, stop),
                 "interrupted": run(folder, "interrupted", 2, interrupt, epochs=1),

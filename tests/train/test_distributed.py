@@ -108,6 +108,20 @@ def test_a_wish_counts_for_all_after_the_same_batch(found: Found) -> None:
     assert [found[rank]["wishes"] for rank in range(2)] == [want, want]
 
 
+def test_the_first_process_asks_the_teacher_for_all(found: Found) -> None:
+    first, second = (found[rank]["cached"] for rank in range(2))
+    assert [first[name]["seen"] for name in ("shared", "again", "elsewhere", "elsewhere, again")] == [300, 0, 300, 0]
+    for name in ("shared", "again", "elsewhere", "elsewhere, again"):
+        assert second[name]["seen"] == 0
+        assert torch.equal(first[name]["logits"], second[name]["logits"])
+        assert first[name]["logits"].any(1).all()
+        assert (first[name]["file"], second[name]["file"]) == (True, not name.startswith("elsewhere"))
+    assert first["blocked"].startswith(("FileExistsError: ", "NotADirectoryError: "))
+    assert second["blocked"].startswith("FirstFailed: the first process failed: [Errno ")
+    assert [found[rank]["distilled"]["status"] for rank in range(2)] == ["finished"] * 2
+    assert [found[rank]["distilled"]["seen"] for rank in range(2)] == [worker.RUN["train_limit"], 0]
+
+
 def test_a_run_has_the_numbers_of_one_process(found: Found, folder: Path, alone: Path) -> None:
     assert_same_run(folder / "whole", alone)
     summary = json.loads((folder / "whole" / "summary.json").read_text())

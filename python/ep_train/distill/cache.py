@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,11 @@ from torch import Tensor
 
 from .. import durable
 from ..data import Batches, Dataset
+from ..distributed import Processes
 from ..teachers import Normalisation, Teacher
+
+ALONE = Processes()
+BATCH = 256  # images of a pass at a time
 
 
 class CacheError(ValueError):
@@ -44,9 +49,7 @@ class LogitCache:
         self.known = torch.zeros(count, dtype=torch.bool)
         self.complete = False  # kept here: a batch does not wait for a GPU to be told
         if path.exists():
-            self.logits = self._read((count, classes))
-            self.known.fill_(True)
-            self.complete = True
+            self._take(self._read())
 
     def get(self, indices: Tensor) -> Tensor | None:
         """Logits [B, classes], on the device of ``indices`` (int64 [B]); None if one of them is not known."""
@@ -64,18 +67,43 @@ class LogitCache:
         if self.complete:
             self._write()
 
-    def fill(self, teacher: Teacher, dataset: Dataset, device: torch.device) -> None:
-        """One pass of the teacher over the training images, in their order and normalised as batches are.
+    def fill(self, teacher: Teacher, dataset: Dataset, device: torch.device, processes: Processes = ALONE) -> None:
+        """Complete it: one pass of the teacher over the training images, in their order and normalised as batches are.
 
-        The images stay on the host: a device holds one batch of them at a time.
+        The images stay on the host: a device holds one batch of them at a time. Of several processes, all of which call
+        this, the first does it, and the others wait for it batch by batch. They read its file then; where that is on
+        another machine, they are sent the logits.
+
+        Raises:
+            CacheError, OSError: the file is another one by now, or cannot be written or read.
+            FirstFailed: any of this in the first process.
+            LostContact: another process is gone.
         """
+        if not processes.first_does(lambda: self.complete):
+            work = self._pass(teacher, dataset, device)
+            for _ in range(0, len(self.logits), BATCH):
+                processes.first_does(lambda: next(work))
+        if not self.complete and self.path.exists():
+            self._take(self._read())
+        if int(processes.sum(torch.tensor(int(not self.complete)))):
+            logits = processes.first_does(lambda: self.logits.cpu())
+            if not self.complete:
+                self._take(logits)
+
+    def _pass(self, teacher: Teacher, dataset: Dataset, device: torch.device) -> Iterator[None]:
         batches = Batches(
-            dataset, "train", batch_size=256, shuffle=False, drop_last=False, device=device, resident=False
+            dataset, "train", batch_size=BATCH, shuffle=False, drop_last=False, device=device, resident=False
         )
         place = 0
         for images, _ in batches.epoch():
             self.put(torch.arange(place, place + len(images), device=device), teacher.outputs(images)[0])
             place += len(images)
+            yield
+
+    def _take(self, logits: Tensor) -> None:
+        self.logits = logits
+        self.known = torch.ones(len(logits), dtype=torch.bool)
+        self.complete = True
 
     def _moved(self, device: torch.device) -> None:
         self.logits, self.known = self.logits.to(device), self.known.to(device)
@@ -83,7 +111,7 @@ class LogitCache:
     def _refuse(self, why: str) -> CacheError:
         return CacheError(f"the cache of teacher logits {self.path} {why}: remove it, or name another file")
 
-    def _read(self, shape: tuple[int, int]) -> Tensor:
+    def _read(self) -> Tensor:
         damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
         try:
             with self.path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
@@ -92,6 +120,7 @@ class LogitCache:
             raise self._refuse(f"is damaged ({error})") from error
         if key != self.key:
             raise self._refuse("is of another teacher, other images or another normalisation")
+        shape = tuple(self.logits.shape)
         if logits.dtype != np.float32 or logits.shape != shape or _digest(logits.tobytes()) != digest:
             raise self._refuse("is damaged (its numbers are not those that were written)")
         return torch.from_numpy(logits)
