@@ -62,8 +62,9 @@ def convert(
 
     Args:
         module: of Conv2d, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Flatten, Linear, Identity, activations, and
-            sequential networks of these: no subclasses, which may compute something else, and without forward hooks,
-            parametrizations and weights that are computed from others (weight_norm, spectral_norm, pruning).
+            sequential networks of these: no subclasses, which may compute something else, and without hooks,
+            parametrizations, a ``forward`` put in the place of their own, and weights that are computed from others
+            (weight_norm, spectral_norm, pruning).
         input_shape: (C, H, W) or (F,) of one sample.
         readout: ``softmax``: the last module is a Linear and becomes the readout, which returns logits, outside the
             dynamics; ``mse``: every layer is in the dynamics, and the outputs are the states of the last one.
@@ -138,6 +139,11 @@ def _check_plain(name: str, part: nn.Module) -> None:
         _fail(name, part, "no forward hooks, which the net would not run: take them off by their handles; those of "
             "weight_norm, spectral_norm and pruning with torch.nn.utils.remove_weight_norm, remove_spectral_norm and "
             "prune.remove")  # fmt: skip
+    if part._backward_pre_hooks or part._backward_hooks:
+        _fail(name, part, "no backward hooks, which the net would not run: take them off by their handles")
+    if "forward" in part.__dict__:
+        _fail(name, part, "the forward of its class, not one put in its place, which the net would not run: delete the "
+            "module's attribute")  # fmt: skip
     for leaf in ("weight", "bias"):
         if isinstance(getattr(part, leaf, None), Tensor) and leaf not in part._parameters:
             _fail(name, part, f"a {leaf} that is a parameter of its own, not one computed from others: assign it as an "

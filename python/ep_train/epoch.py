@@ -15,16 +15,13 @@ from ep_kernels import ConvergenceError
 from .divergence import Diverged, Step, gradient_norm, keep, wrong
 from .learners import Batch
 from .progress import Progress
+from .signals import Stopped
 from .step import StepResult, read
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
 READ_EVERY = 0.3  # seconds between two readings of the losses from a GPU; on the CPU every batch's is read at once
-
-
-class Stopped(Exception):
-    """A signal asked for the end, and a batch has just been finished."""
 
 
 @dataclass

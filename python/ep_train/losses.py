@@ -188,7 +188,7 @@ class AugmentedLoss(nn.Module):
             processes: all of a run call this; the first one's teacher looks at the images.
 
         Raises:
-            Exception: see :meth:`LogitCache.fill`.
+            Exception: see :meth:`LogitCache.fill`, which a signal may end.
         """
         if self._cache is not None:
             (teacher,) = self._unregistered

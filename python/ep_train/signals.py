@@ -15,6 +15,10 @@ PREEMPTED = "SIGUSR1"  # what a batch system sends some time before it takes the
 ASKING = ("SIGINT", "SIGTERM", PREEMPTED)  # those that this system has
 
 
+class Stopped(Exception):
+    """A signal asked for the end, and no batch is half done."""
+
+
 @contextmanager
 def stop_on_signals(trainer: Trainer) -> Iterator[None]:
     """Turn SIGINT, SIGTERM or SIGUSR1 into a request: the trainer's ``stop_asked`` and ``stop_signal``.

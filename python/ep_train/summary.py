@@ -40,12 +40,13 @@ def closing(summary: dict[str, Any], folder: RunFolder) -> str:
     return f"{result} after {summary['seconds']:.1f} s of training; {folder.path}"
 
 
-def summarise(trainer: Trainer, status: str) -> dict[str, Any]:
-    """What summary.json holds; accuracies are fractions, rates per second of training."""
+def summarise(trainer: Trainer, status: str, *, reason: str | None = None) -> dict[str, Any]:
+    """What summary.json holds; accuracies are fractions, rates per second of training. ``reason``: of a failure."""
     last = trainer.rows[-1] if trainer.rows else {}
     images = trainer.epoch * trainer.train.images_per_epoch
     return {
         "status": status,
+        **({} if reason is None else {"reason": reason}),
         **({} if trainer.stop_signal is None else {"signal": trainer.stop_signal}),
         "test_accuracy": last.get("test_accuracy"),
         "best_test_accuracy": max(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -31,15 +31,15 @@ from .distributed import (
     spread,
 )
 from .divergence import Diverged, check_weights, keep_unconverged
-from .epoch import Partial, Stopped, train_epoch
+from .epoch import Partial, train_epoch
 from .learners import Batch, NetworkLearner, make_learner
 from .memory import peak_memory_bytes
 from .optim import make_optimizer, make_scheduler
 from .probe import IMAGES, probe_gradient
 from .progress import Progress
 from .rollback import go_back
-from .run_folder import CONFIG, RunFolder
-from .signals import ASKING, stop_on_signals
+from .run_folder import CONFIG, RunFolder, RunFolderError
+from .signals import ASKING, Stopped, stop_on_signals
 from .stability import advice, diagnose
 from .step import StepResult
 from .summary import closing, headline, summarise
@@ -144,8 +144,9 @@ class Trainer:
 
     def ask(self, *, read: bool) -> None:
         """Begin to agree, while a batch is computed, on what all processes do after it."""
+        stop = self.stop_asked  # before the name: a signal that comes between the two is for the next batch
         signals = {name: self.stop_signal == name for name in ASKING}
-        self.agreement.ask(stop=self.stop_asked, **signals, read=read)
+        self.agreement.ask(stop=stop, **signals, read=read)
 
     def learn(self, batch: Batch) -> tuple[StepResult, int]:
         """Gradients of a batch into ``.grad``; of all processes together its result and its number of images."""
@@ -253,7 +254,7 @@ class Trainer:
                 progress.note(f"already finished after {self.epoch} epochs; resume with --epochs N to go on")
             try:
                 if self.epoch < self.config.epochs:
-                    self.learner.prepare(self.processes)
+                    self._prepare()
                 if self.config.on_divergence == "rollback" and not checkpoint.existing(folder.path):
                     self.save()  # a place to go back to in the first epoch, too
                 while self.epoch < self.config.epochs:
@@ -288,6 +289,8 @@ class Trainer:
                 where = f"{self.epoch} of {self.config.epochs} epochs and {self.partial.batches} batches"
                 progress.note(f"stopped after {where}; {what_is_left(folder)}")
             except LostContact as error:
+                with suppress(RunFolderError):  # this error goes first
+                    folder.write_summary(summarise(self, "failed", reason=str(error)))
                 raise LostContact(f"{error}; {what_is_left(folder)}") from error
             except ep_kernels.ConvergenceError as error:
                 status, failure = "diverged", error
@@ -306,17 +309,35 @@ class Trainer:
             progress.note(closing(summary, folder))
         return summary
 
+    def _prepare(self) -> None:
+        """What a learner does before the first batch; the first process looks for signals meanwhile.
+
+        Raises:
+            Stopped: it was asked to stop; all processes know the signal then.
+        """
+        try:
+            self.learner.prepare(dataclasses.replace(self.processes, stopping=lambda: self.stop_asked))
+        except Stopped:
+            self.ask(read=False)
+            self.agreement.answer()
+            raise
+
     def _save_unconverged(self, folder: RunFolder, error: ep_kernels.ConvergenceError) -> None:
-        """Keep the batch, with a checkpoint of the steps before it unless the states are not finite; all of it is then
-        part of the error's message. Several processes keep the checkpoints that there are: one of them alone knows."""
-        message = str(error)
+        """Write a checkpoint of the steps before the batch unless the states are not finite, then keep the batch; all
+        of it is part of the error's message. Several processes keep the checkpoints that there are: one of them alone
+        knows."""
+        message, unsaved = str(error), ""
         if not self.processes.several:
-            message = keep_unconverged(self, folder.path, error)
             try:
                 if error.equilibrium.residual.isfinite().all():
                     self.save()
             except (Diverged, checkpoint.CheckpointError) as problem:
-                message = f"{message}; {problem}"
+                unsaved = f"; {problem}"
+            try:
+                message = keep_unconverged(self, folder.path, error)
+            except Exception as problem:  # no memory: more is held than in a step
+                message = f"{message}; its layers cannot be looked at ({type(problem).__name__}: {problem})"
+            message += unsaved
         change = f"change one of these or on_fail in {folder.path / CONFIG}, then "
         how = what_is_left(folder)
         error.args = (f"{message}; {change if checkpoint.existing(folder.path) else ''}{how}",)

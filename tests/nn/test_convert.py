@@ -155,6 +155,12 @@ def hooked(module: nn.Module, kind: str = "forward_pre_hook") -> nn.Module:
     return module
 
 
+def replaced(module: nn.Module) -> nn.Module:
+    """With a forward of its own, as some libraries put it there."""
+    module.forward = lambda x: 2 * x  # type: ignore[method-assign]
+    return module
+
+
 def computed() -> nn.Module:
     """A weight that is no parameter, as norms of other libraries leave it."""
     module = nn.Linear(2 * 6 * 6, 3)
@@ -212,6 +218,11 @@ CONV, LINEAR = nn.Conv2d(1, 2, 3), nn.Linear(2 * 6 * 6, 3)
         ([hooked(nn.Conv2d(1, 2, 3)), nn.Flatten(), LINEAR], "at '0': expected no forward hooks.* got Conv2d"),
         ([CONV, hooked(nn.Identity(), "forward_hook"), nn.Flatten(), LINEAR], "at '1': expected no forward hooks"),
         ([hooked(nn.Sequential(CONV, nn.ReLU())), nn.Flatten(), LINEAR], "at '0': expected no forward hooks"),
+        ([hooked(nn.Conv2d(1, 2, 3), "full_backward_hook"), LINEAR], "at '0': expected no backward hooks.* got Conv2d"),
+        ([CONV, hooked(nn.ReLU(), "full_backward_pre_hook"), LINEAR], "at '1': expected no backward hooks.* got ReLU"),
+        ([replaced(nn.Conv2d(1, 2, 3)), LINEAR], "at '0': expected the forward of its class, not one put in its place"),
+        ([CONV, replaced(nn.Identity()), nn.Flatten(), LINEAR], "at '1': expected the forward of its class"),
+        ([replaced(nn.Sequential(CONV)), nn.Flatten(), LINEAR], "at '0': expected the forward of its class"),
         ([CONV, nn.Flatten(), computed()], "at '2': expected a weight that is a parameter of its own, .* nn.Parameter"),
     ],
 )  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ep_kernels import Network, RelaxConfig
 from ep_train import Model, TrainConfig, build_network, learners, runs
 from ep_train.data import load_dataset
-from ep_train.distill import Distillation
+from ep_train.distill import Distillation, cache
 from ep_train.distributed import (
     Agreement,
     GradientMean,
@@ -310,6 +310,27 @@ def distilled(folder: Path) -> Any:
         Teacher.outputs = original  # type: ignore[method-assign]
 
 
+def stopped_filling(folder: Path) -> Any:
+    """A run with a cache, whose first process gets SIGUSR1 while it fills it."""
+    original, seen = Teacher.outputs, []
+
+    def counted(self: Teacher, images: Tensor) -> Any:
+        if len(images) > 1:
+            seen.append(len(images))
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGUSR1)
+        return original(self, images)
+
+    Teacher.outputs, size, cache.BATCH = counted, cache.BATCH, 20  # type: ignore[method-assign]
+    try:
+        options: dict[str, Any] = {"distill_logits": 1.0, "crop_padding": 0, "epochs": 1}
+        spec, path = f"vgg11_bn:{folder / 't.pt'}", folder / "filling.npz"
+        summary = run(folder, "filling", teacher=spec, teacher_cache=path, **options)
+        return {**summary, "seen": seen, "file": path.exists()}
+    finally:
+        Teacher.outputs, cache.BATCH = original, size  # type: ignore[method-assign]
+
+
 def nothing() -> StepResult:
     """Of a batch whose loss is no number."""
     return StepResult(torch.tensor(float("nan")), torch.tensor(0), torch.tensor(0.0))
@@ -347,6 +368,7 @@ def main(rank: int, port: int, folder: Path) -> None:
                 "wishes": wishes(processes),
                 "cached": cached(processes, folder),
                 "distilled": distilled(folder),
+                "filling": stopped_filling(folder),
                 "whole": run(folder, "whole"),
                 "stopped": run(folder, "stopped", 7, stop),
                 "interrupted": run(folder, "interrupted", 2, interrupt, epochs=1),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ep_kernels import Network, reference
+from ep_train import checkpoint, cli
 from ep_train.data import Batches, Dataset, load_dataset
 from ep_train.distill import CacheError, Distillation, FeatureTerm, LogitCache, cache_key, pair_features
 from ep_train.losses import AugmentedLoss, LocalErrors
@@ -260,6 +263,37 @@ def test_a_cache_is_filled_from_the_host(tmp_path: Path, monkeypatch: pytest.Mon
     cache.fill(Teacher(Counted(), image_shape=data.image_shape), data, torch.device("cpu"))
     assert cache.complete
     assert [options["resident"] for options in asked] == [False]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGUSR1", 75), ("SIGTERM", 130)])
+def test_a_signal_ends_a_run_while_its_cache_is_filled(
+    name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, path, original = tmp_path / "run", tmp_path / "c.npz", Teacher.outputs
+    seen: list[int] = []
+
+    def outputs(self: Teacher, images: Tensor) -> Any:
+        if len(images) > 1:  # not the blank one of its beginning
+            seen.append(len(images))
+            if len(seen) == 2:
+                signal.raise_signal(getattr(signal, name))
+        return original(self, images)
+
+    monkeypatch.setattr(Teacher, "outputs", outputs)
+    monkeypatch.setattr("ep_train.distill.cache.BATCH", 20)
+    torch.save(build_teacher("vgg11_bn", (1, 8, 8), 10, 4 / 64).state_dict(), tmp_path / "t.pt")
+    options = ["--model", "4p", "--train-limit", "100", "--test-limit", "10", "--batch-size", "10", "--epochs", "1"]
+    options += ["--teacher", f"vgg11_bn:{tmp_path / 't.pt'}", "--teacher-cache", str(path), "--distill-logits", "1"]
+    assert cli.main([*options, "--quiet", "--device", "cpu", "--out", str(out)]) == code
+    assert seen == [20, 20]
+    assert not path.exists()
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["status"], summary["signal"], summary["epochs"]) == ("interrupted", name, 0)
+    assert checkpoint.load(out)["step"] == 0
+    assert cli.main(["resume", str(out), "--quiet"]) == 0
+    assert seen == [20] * 7
+    assert path.exists()
+    assert json.loads((out / "summary.json").read_text())["status"] == "finished"
 
 
 def test_what_a_cache_depends_on() -> None:

@@ -146,6 +146,14 @@ def test_the_signal_that_came_is_the_one_that_is_told(found: Found, folder: Path
     assert json.loads((folder / "interrupted" / "summary.json").read_text())["signal"] == "SIGINT"
 
 
+def test_a_signal_to_the_first_one_stops_all_while_the_cache_is_filled(found: Found, folder: Path) -> None:
+    first, second = (found[rank]["filling"] for rank in range(2))
+    for one, seen in ((first, [20, 20]), (second, [])):
+        assert (one["status"], one["signal"], one["calls"], one["file"]) == ("interrupted", "SIGUSR1", 0, False)
+        assert one["seen"] == seen
+    assert json.loads((folder / "filling" / "summary.json").read_text())["status"] == "interrupted"
+
+
 def test_a_loss_that_is_no_number_in_one_process_ends_all(found: Found, folder: Path) -> None:
     first, second = (found[rank]["nan"] for rank in range(2))
     assert first["error"].startswith("Diverged: the loss became nan in epoch 1 after 42 images")

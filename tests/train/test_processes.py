@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,9 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ep_train import TrainConfig, Trainer, train
+from ep_train import TrainConfig, Trainer, resume, train
 from ep_train.distributed import LostContact, ProcessError, Processes, from_environment, own_device, voice
-from ep_train.run_folder import RunFolderError, read_metrics
+from ep_train.run_folder import RunFolder, RunFolderError, read_metrics
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 
 GIVEN = {
@@ -136,6 +137,27 @@ def lose(error: Exception) -> Iterator[None]:
     with Processes(0, 2).contact():
         raise error
     yield
+
+
+def test_a_run_that_lost_contact_leaves_no_older_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, path = train(replace(TINY, out=tmp_path / "run"))
+
+    def lost(*_: object) -> None:
+        raise LostContact("no contact with the other processes")
+
+    monkeypatch.setattr(Trainer, "learn", lost)
+    with pytest.raises(LostContact, match=r"^no contact with the other processes; continue with: ep-train resume "):
+        resume(path, epochs=2, quiet=True)
+    summary = json.loads((path / "summary.json").read_text())
+    assert (summary["status"], summary["reason"]) == ("failed", "no contact with the other processes")
+    assert summary["epochs"] == 1
+
+    def full(*_: object) -> None:
+        raise RunFolderError("no space left")
+
+    monkeypatch.setattr(RunFolder, "write_summary", full)
+    with pytest.raises(LostContact):
+        resume(path, epochs=2, quiet=True)
 
 
 def test_resume_or_start(tmp_path: Path) -> None:

@@ -118,6 +118,27 @@ def test_a_run_that_a_free_phase_has_ended_goes_on_where_it_was(
     assert ours == theirs
 
 
+def test_a_batch_that_cannot_be_looked_at_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The layers' numbers take more memory than a step."""
+    out = tmp_path / "run"
+
+    def none_left(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("ep_train.divergence.layer_numbers", none_left)
+    failing_at(3, monkeypatch)
+    options = [*SMALL[:-3], "--batch-size", "10", "--epochs", "2", "--tol", "0.5", "--on-fail", "raise", "--quiet"]
+    assert main([*options, "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("ep-train: the free phase has not converged: residual ")
+    assert "; its layers cannot be looked at (OutOfMemoryError: CUDA out of memory); change one of these" in said
+    assert json.loads((out / "summary.json").read_text())["status"] == "diverged"
+    assert checkpoint.load(out)["step"] == 2
+    assert not (out / "diverged").exists()
+
+
 def test_states_that_are_not_finite_leave_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, calls = learners.ep_step, 0
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from ep_train import TrainConfig, Trainer, checkpoint, epoch, locks, resume, train
-from ep_train.distributed import Processes
+from ep_train.distributed import Agreement, Processes
 from ep_train.run_folder import RunFolder, RunFolderError, read_metrics
-from ep_train.signals import stop_on_signals
+from ep_train.signals import ASKING, stop_on_signals
 from tests.core.threads import one_thread  # noqa: F401  (autouse)
 from tests.train.segment import go_on
 
@@ -176,6 +176,51 @@ def test_signals_after_the_first() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+class Late:
+    """A trainer that a signal reaches just before one of its attributes is read for the n-th time."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+        self.processes, self.agreement = Processes(), Agreement(Processes(), ("stop", *ASKING, "read"))
+        self.asked = False
+        self.name: str | None = None
+
+    def _read(self) -> None:
+        self.left -= 1
+        if not self.left:
+            signal.raise_signal(signal.SIGUSR1)
+
+    @property
+    def stop_asked(self) -> bool:
+        self._read()
+        return self.asked
+
+    @stop_asked.setter
+    def stop_asked(self, asked: bool) -> None:
+        self.asked = asked
+
+    @property
+    def stop_signal(self) -> str | None:
+        self._read()
+        return self.name
+
+    @stop_signal.setter
+    def stop_signal(self, name: str | None) -> None:
+        self.name = name
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_no_stop_is_agreed_on_without_its_signal(number: int) -> None:
+    trainer: Any = Late(number)
+    with stop_on_signals(trainer):
+        Trainer.ask(trainer, read=False)
+        agreed = trainer.agreement.answer()
+        assert not agreed["stop"] or agreed["SIGUSR1"]
+        Trainer.ask(trainer, read=False)
+        agreed = trainer.agreement.answer()
+        assert (agreed["stop"], [name for name in ASKING if agreed[name]]) == (True, ["SIGUSR1"])
 
 
 def resident() -> int:

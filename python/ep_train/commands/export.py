@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pprint import pformat
@@ -80,7 +80,10 @@ class ExportConfig:
 def run_export(config: ExportConfig) -> int:
     """The command; returns its exit code."""
     trained = load_trained(config.run, device="cpu", free_steps=config.free_steps)
-    written = [config.out, *([config.out.with_suffix(".pt")] if config.to == "module" else [])]
+    written = [config.out]
+    if config.to == "module":
+        written.append(config.out.with_suffix(".pt"))
+        settle(*written)
     for path in written:
         if path.exists() and not config.overwrite:
             raise ValueError(f"ExportConfig: argument 'out': {path} is there already: name another, or --overwrite")
@@ -144,33 +147,55 @@ def export(trained: Trained, to: str, out: Path, *, tolerance: float = 1e-4) -> 
 
 @contextmanager
 def replacing_together(program: Path, weights: Path) -> Iterator[tuple[Path, Path]]:
-    """As :func:`replacing`, of a program and its weights: both are new when the block ends, or, after an error at
-    whichever point, both as they were. At no time is an old program beside new weights.
+    """As :func:`replacing`, of a program and its weights: both are new once the program has its name; after an error
+    before that both are as they were, after a kill at the next export. At no time is an old program beside new weights.
 
     Raises:
         OSError: the folder cannot be written to.
+        ValueError: something else than a regular file is in the place of one.
     """
-    old: dict[Path, Path] = {}
-    new: list[Path] = []
+    settle(program, weights)
+    for path in (program, weights):
+        if os.path.lexists(path) and not path.is_file():
+            raise ValueError(f"ExportConfig: argument 'out': expected a regular file or none, got {path}")
+    there: list[Path] | None = None
     try:
         with replacing(program) as file, replacing(weights) as beside:  # which get their names in the other order
             yield file, beside
             for temporary in (file, beside):
                 with temporary.open("rb+") as written:
                     os.fsync(written.fileno())
-            new += [path for path in (program, weights) if not path.is_file()]  # both are on the disk in full
-            for path in (program, weights):
-                if path not in new:
-                    os.replace(path, aside := path.with_name(f".{path.name}-old"))
-                    old[path] = aside
+            there = [path for path in (weights, program) if path.is_file()]  # both new ones are on the disk in full
+            for path in there:
+                os.replace(path, _aside(path))
     except BaseException:
-        for path in new:
-            path.unlink(missing_ok=True)
-        for path, aside in reversed(old.items()):
-            os.replace(aside, path)
+        if there == [] and not program.exists():
+            with suppress(OSError):
+                weights.unlink(missing_ok=True)
+        settle(program, weights)
         raise
-    for aside in old.values():
-        aside.unlink()
+    settle(program, weights)
+
+
+def settle(program: Path, weights: Path) -> None:
+    """Put in order what an export that broke off has left: the new files if both have their names, else the old ones.
+
+    It may break off itself: an export moves the old weights aside first, and gives the new program its name last.
+    """
+    old = {path: aside for path in (program, weights) if (aside := _aside(path)).is_file()}
+    if program.exists() and weights.exists():
+        for aside in old.values():
+            aside.unlink()
+        return
+    if program in old:
+        with suppress(OSError):  # a file there is a new one
+            weights.unlink(missing_ok=True)
+    for path, aside in old.items():
+        os.replace(aside, path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}-old")
 
 
 def as_module(trained: Trained) -> nn.Module:

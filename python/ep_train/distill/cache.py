@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import durable
 from ..data import Batches, Dataset
 from ..distributed import Processes
+from ..signals import Stopped
 from ..teachers import Normalisation, Teacher
 
 ALONE = Processes()
@@ -78,11 +79,13 @@ class LogitCache:
             CacheError, OSError: the file is another one by now, or cannot be written or read.
             FirstFailed: any of this in the first process.
             LostContact: another process is gone.
+            Stopped: in all processes, as the first one was asked to stop; nothing is written.
         """
         if not processes.first_does(lambda: self.complete):
             work = self._pass(teacher, dataset, device)
             for _ in range(0, len(self.logits), BATCH):
-                processes.first_does(lambda: next(work))
+                if processes.first_does(lambda: processes.stopping() or next(work)):
+                    raise Stopped
         if not self.complete and self.path.exists():
             self._take(self._read())
         if int(processes.sum(torch.tensor(int(not self.complete)))):

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -38,6 +38,10 @@ class FirstFailed(ProcessError):
     """What the first process did for all has failed, there; it says why."""
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Processes:
     """Those of a run. Alone (the default) every method works, and waits for nobody.
@@ -46,6 +50,7 @@ class Processes:
         rank: of this process, from 0. count: of all.
         local_rank, local_count: the same on this machine.
         timeout: seconds that one waits for another, before it gives up (``EP_TRAIN_TIMEOUT``).
+        stopping: whether this process was asked to stop; the first one looks between two parts of long work for all.
     """
 
     rank: int = 0
@@ -53,6 +58,7 @@ class Processes:
     local_rank: int = 0
     local_count: int = 1
     timeout: float = 600.0
+    stopping: Callable[[], bool] = field(default=_never, repr=False, compare=False)
 
     @property
     def first(self) -> bool:

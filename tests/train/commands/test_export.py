@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ import ep_kernels
 from ep_kernels import Network, RelaxConfig
 from ep_train import TrainConfig, cli, extras, train
 from ep_train.commands import export as exporting
-from ep_train.commands.export import load_onnx, load_source, spec_of
+from ep_train.commands.export import load_onnx, load_source, replacing_together, spec_of
 from ep_train.commands.free_phase import FreePhase
 from ep_train.models import Model, build_network
 from ep_train.step import predict_feedforward
@@ -172,6 +174,95 @@ def test_files_that_cannot_be_replaced_leave_both_as_they_were(
     assert cli.main(arguments) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.pt", "net.py"]
     assert out.read_bytes() != old.get("net.py")
+
+
+def renamed_until(end: Callable[[], object], number: int, folder: Path) -> None:
+    """Replace a program and its weights; ``end`` comes right after that many files have got another name."""
+    original, count = os.replace, 0
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal count
+        original(source, target)
+        count += 1
+        if count == number:
+            end()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with replacing_together(folder / "net.py", folder / "net.pt") as (program, weights):
+            program.write_text("new program")
+            weights.write_text("new weights")
+
+
+def killed_after(number: int, folder: Path) -> None:
+    """In a process of its own."""
+    renamed_until(lambda: os.kill(os.getpid(), signal.SIGKILL), number, folder)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+OLD = {"net.py": "old program", "net.pt": "old weights"}
+NEW = {"net.py": "new program", "net.pt": "new weights"}
+BEFORE = [OLD, {"net.py": "old program"}, {"net.pt": "old weights"}, {}]
+
+
+def ways(before: dict[str, str]) -> range:
+    """Of that many renamed files: the old ones aside, the new weights, the new program."""
+    return range(1, len(before) + 3)
+
+
+@pytest.mark.parametrize(("before", "number"), [(before, n) for before in BEFORE for n in ways(before)])
+def test_an_interrupt_between_two_names(before: dict[str, str], number: int, tmp_path: Path) -> None:
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(KeyboardInterrupt):
+        renamed_until(interrupt, number, tmp_path)
+    assert texts(tmp_path) == (NEW if number == len(before) + 2 else before)
+
+
+def test_what_a_killed_export_has_left_is_put_back(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ep_train.commands.export"])
+    for before in BEFORE[:3]:
+        for number in ways(before):
+            folder = tmp_path / f"{len(before)}{'net.py' in before}{number}"
+            folder.mkdir()
+            for name, text in before.items():
+                (folder / name).write_text(text)
+            process = context.Process(target=killed_after, args=(number, folder))
+            process.start()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            assert set(before.values()) <= set(texts(folder).values())
+            whole = {name: text for name, text in texts(folder).items() if not name.startswith(".")}
+            assert whole != {"net.py": "old program", "net.pt": "new weights"}
+            # the next one, which then finds it there
+            assert cli.main(["export", str(run), "--to", "module", "--out", str(folder / "net.py")]) == 1
+            assert "is there already" in capsys.readouterr().err
+            found = {name: text for name, text in texts(folder).items() if name in NEW or name.endswith("-old")}
+            assert found == (NEW if number == len(before) + 2 else before)
+
+
+@pytest.mark.parametrize("name", ["net.py", "net.pt"])
+def test_what_is_no_regular_file_is_refused_before_anything_moves(
+    name: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).mkdir()
+    other = tmp_path / ("net.pt" if name == "net.py" else "net.py")
+    other.write_text("old")
+    arguments = ["export", str(run), "--to", "module", "--out", str(tmp_path / "net.py"), "--overwrite"]
+    assert cli.main(arguments) == 1
+    assert f"expected a regular file or none, got {tmp_path / name}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.pt", "net.py"]
+    assert other.read_text() == "old"
 
 
 def test_what_torch_cannot_export_is_one_line(
