@@ -33,7 +33,7 @@ format: $(VENV)/.dev ## rewrite the sources as ruff and clang-format want them
 	$(RUN) ruff format .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
 
-bench: $(VENV)/.train ## the benchmark suite on this CPU (10 to 20 minutes), and its tables in docs/performance.md
+bench: $(VENV)/.train ## the benchmark suite on this CPU (10 minutes), and its tables in docs/performance.md
 	$(RUN) benchmarks run cpu
 	$(RUN) benchmarks report
 

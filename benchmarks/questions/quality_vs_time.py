@@ -27,7 +27,7 @@ from benchmarks.problem import (
     tf32,
 )
 from benchmarks.questions.precision import Truth
-from benchmarks.questions.train_batch import backprop, backprop_name, gradient_error, unrolled
+from benchmarks.questions.train_batch import ON_CPU, backprop, backprop_name, gradient_error, unrolled
 from benchmarks.registry import Question, Target
 from benchmarks.setting import Setting
 from ep_kernels import Network, Parameters, RelaxConfig, backends, ep_gradients
@@ -92,7 +92,7 @@ DIGITS = 5  # of a cosine: the float32 truth has no more
 
 def cases(setting: Setting) -> list[Case]:
     """A case a network, batch and group; each has the backprop batch among its competitors, as the common measure."""
-    models = setting.choose(setting.models, ("laborieux/4", "vgg8/4"), ("vgg11",), ("3p-4",))
+    models = setting.choose(setting.models, ON_CPU, ("vgg11",), ("3p-4",))
     batches = setting.choose(setting.batches, (16,), (128,), (2,))
     found = []
     for number_of, model in enumerate(models):
