@@ -12,11 +12,12 @@ import tyro
 
 from ep_kernels import BackendError, ConvergenceError
 
+from . import locks
 from .check import CheckConfig, run_check
-from .checkpoint import CheckpointError
+from .checkpoint import FOLDER, CheckpointError
 from .commands import TOOLS
 from .config import TrainConfig
-from .config_file import FREE, config_from_json, for_another_run
+from .config_file import FREE, START, config_from_json, for_another_run
 from .data import DataError
 from .device import check_name
 from .distributed import FirstFailed, ProcessError, voice
@@ -24,7 +25,7 @@ from .divergence import Diverged
 from .extras import MissingExtra
 from .presets import PRESETS, preset
 from .recipes import RECIPES, write_recipe
-from .run_folder import CONFIG, RunFolderError
+from .run_folder import CONFIG, METRICS, RunFolderError
 from .runs import resume, train
 from .signals import PREEMPTED
 
@@ -64,7 +65,8 @@ class ResumeConfig:
     threads: int | None = None
     """CPU threads, instead of the run's own number."""
     data_root: Path | None = None
-    """Folder that holds the dataset's files, instead of the run's own."""
+    """Folder that holds the dataset's files, or that a folder:PATH is in, unless that is absolute; instead of the run's
+    own."""
     data_cache: Literal["memory", "mmap"] | None = None
     """Where the images of a folder:PATH are, instead of the run's own."""
     checkpoint_every: int | None = None
@@ -107,7 +109,7 @@ TEACHER = TrainConfig(
 
 def started_from(arguments: list[str], start: TrainConfig) -> TrainConfig:
     """Take ``--preset NAME`` and ``--config FILE`` off the arguments; the configuration that they give. That of a run
-    is taken without its folder: the new run gets one of its own.
+    is taken without its folder: the new run gets one of its own, and what was left out is said.
 
     Raises:
         ValueError: an unknown preset, with the valid names, or an option without its value.
@@ -128,9 +130,19 @@ def started_from(arguments: list[str], start: TrainConfig) -> TrainConfig:
             path = Path(value)
             path = path / CONFIG if path.is_dir() else path
             start = config_from_json(path, complete=False)
-            if path.name == CONFIG:  # of a run
-                start = for_another_run(start)
+            if path.name == CONFIG and any((path.parent / name).exists() for name in (METRICS, FOLDER, locks.LOCK)):
+                start = _of_another_run(start, path.parent, arguments)
     return start
+
+
+def _of_another_run(config: TrainConfig, folder: Path, arguments: list[str]) -> TrainConfig:
+    """For a new run; a line names what it does not take over, unless the arguments say it anew."""
+    given = {part.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for part in arguments}
+    left = [name for name in START if getattr(config, name) != getattr(TrainConfig, name) and name not in given]
+    if left and voice()[1]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in left)
+        print(f"ep-train: the options of {folder} are taken without its {names}", file=sys.stderr)
+    return for_another_run(config)
 
 
 def list_presets() -> str:

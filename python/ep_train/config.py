@@ -38,7 +38,8 @@ class TrainConfig:
     dataset: str = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or folder:PATH (train/<class>/*.jpg|png and test/...)."""
     data_root: Path | None = None
-    """Folder that holds the dataset's files (default: its usual place, else a download)."""
+    """Folder that holds the dataset's files (default: its usual place, else a download), or that a folder:PATH is in (a
+    relative one; default: the working directory)."""
     train_limit: int | None = None
     """Use only this many training images, balanced over classes."""
     test_limit: int | None = None
@@ -216,7 +217,7 @@ class TrainConfig:
     """Replace an earlier run in --out."""
     resume_or_start: bool = False
     """Go on from the checkpoint in --out where there is one of the same configuration, else start: for jobs that are
-    started again until they are done."""
+    started again until they are done (docs/distributed.md)."""
     quiet: bool = False
     """Print nothing."""
 

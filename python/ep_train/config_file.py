@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,32 @@ _FOLDER = "folder:"
 
 
 def portable(config: TrainConfig) -> TrainConfig:
-    """The same run from any working directory: its paths are absolute (a folder of images that is given relative to
-    ``data_root`` stays so)."""
+    """The same run from any working directory: its paths are absolute. A folder of images that is given relative stays
+    so, with what it is relative to as ``data_root``: where it is may change, and which one it is not."""
+    place = _folder(config.dataset)
+    root = config.data_root
+    if root is None and place is not None and not place.is_absolute():
+        root = Path()
     return dataclasses.replace(
         config,
-        dataset=_dataset(config),
-        data_root=None if config.data_root is None else config.data_root.expanduser().resolve(),
+        dataset=f"{_FOLDER}{_absolute(place)}" if place is not None and place.is_absolute() else config.dataset,
+        data_root=None if root is None else _absolute(root.expanduser()),
         teacher=_teacher(config.teacher),
-        teacher_cache=None if config.teacher_cache is None else config.teacher_cache.resolve(),
-        out=None if config.out is None else config.out.resolve(),
+        teacher_cache=None if config.teacher_cache is None else _absolute(config.teacher_cache),
+        out=None if config.out is None else _absolute(config.out),
     )
 
 
-def _dataset(config: TrainConfig) -> str:
-    path = config.dataset.removeprefix(_FOLDER)
-    if not path or path == config.dataset:  # no path, or another dataset
-        return config.dataset
-    place = Path(path).expanduser()
-    if config.data_root is not None and not place.is_absolute():
-        return config.dataset
-    return f"{_FOLDER}{place.resolve()}"
+def _absolute(path: Path) -> Path:
+    """Links stay: what they lead to may be another place tomorrow, or on another machine. So do steps up from one."""
+    plain = os.path.abspath(path)
+    return Path(plain) if os.path.realpath(plain) == os.path.realpath(path) else path.absolute()
+
+
+def _folder(dataset: str) -> Path | None:
+    """The folder of a dataset that is one; read as :func:`ep_train.data.load_dataset` reads it."""
+    path = dataset.removeprefix(_FOLDER)
+    return Path(path).expanduser() if path and path != dataset else None
 
 
 def _teacher(spec: str | None) -> str | None:
@@ -48,10 +55,10 @@ def _teacher(spec: str | None) -> str | None:
     name, _, rest = (spec or "").partition(":")
     if rest and name in LIBRARIES:
         known, _, path = rest.partition(":")
-        return f"{name}:{known}:{Path(path).resolve()}" if path else spec
+        return f"{name}:{known}:{_absolute(Path(path))}" if path else spec
     if rest and name in TEACHERS:
-        return f"{name}:{Path(rest).resolve()}"
-    return str(Path(spec).resolve()) if spec and Path(spec).exists() else spec
+        return f"{name}:{_absolute(Path(rest))}"
+    return str(_absolute(Path(spec))) if spec and Path(spec).exists() else spec
 
 
 def with_free(config: TrainConfig, **free: Any) -> TrainConfig:
@@ -59,12 +66,24 @@ def with_free(config: TrainConfig, **free: Any) -> TrainConfig:
 
     Raises:
         TypeError: an option that is not one of them.
-        ValueError: a value that it cannot have.
+        ValueError: a value that it cannot have; a ``data_root`` for a folder of images that is given absolute.
     """
     odd = sorted(set(free) - set(FREE))
     if odd:
         raise TypeError(f"with_free: expected some of {', '.join(FREE)}, got {', '.join(odd)}")
+    place, root = _folder(config.dataset), free.get("data_root")
+    if root is not None and place is not None and place.is_absolute():
+        raise ValueError(
+            f"argument 'data_root': expected none, as the images are in {config.dataset}, which is absolute, got {root}"
+        )
     return dataclasses.replace(config, **{name: value for name, value in free.items() if value is not None})
+
+
+def going_on(config: TrainConfig, theirs: TrainConfig) -> TrainConfig:
+    """``config`` for the run ``theirs`` that it goes on with: options of :data:`FREE` that it leaves at their defaults
+    are as they are there (but quiet, which is of the process)."""
+    left = [name for name in FREE if name != "quiet" and getattr(config, name) == getattr(TrainConfig, name)]
+    return dataclasses.replace(config, **{name: getattr(theirs, name) for name in left})
 
 
 def for_another_run(config: TrainConfig) -> TrainConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -235,8 +236,9 @@ class NetworkLearner:
         """Go on.
 
         Raises:
-            ValueError: the teacher is another one by now.
+            ValueError: the images or the teacher are other ones by now.
         """
+        _check_images(self._trained_on, state)
         teacher = self.loss.teacher
         if teacher is not None and state["teacher"] != teacher.digest():
             raise ValueError(f"the teacher {self.config.teacher} is not the one that this run was started with")
@@ -288,7 +290,12 @@ class ModuleLearner:
         return dict(self._trained_on)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+        """Go on.
+
+        Raises:
+            ValueError: the images are other ones by now.
+        """
+        _check_images(self._trained_on, state)
 
     def prepare(self, processes: Processes) -> None:
         """Nothing."""
@@ -329,10 +336,37 @@ def _trained_on(dataset: Dataset) -> dict[str, Any]:
     images = Normalisation.of(dataset)
     return {
         "normalisation": {"mean": list(images.mean), "std": list(images.std)},
+        "pixels": {"mean": list(dataset.mean), "std": list(dataset.std)},  # which images, however they are normalised
         "dataset": dataset.name,
         "image_shape": list(dataset.image_shape),
         "class_names": list(dataset.class_names),
     }
+
+
+def _check_images(ours: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raise ValueError for images that are not those of a checkpoint, as far as it says which they were. The name of a
+    folder is where they are, and may change."""
+    moved = all(str(values.get("dataset")).startswith("folder:") for values in (ours, state))
+    names = [name for name in ours if name in state and not (moved and name == "dataset")]
+    odd = [text for name in names if (text := _difference(name, ours[name], state[name])) is not None]
+    if odd:
+        raise ValueError(f"the images are not those that this run was started with ({', '.join(odd)})")
+
+
+def _difference(name: str, ours: Any, theirs: Any) -> str | None:
+    """Where two values differ first; floats are the same to the last digits, which another machine may round."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        inner = (_difference(f"{name}.{key}", value, theirs.get(key)) for key, value in ours.items())
+        return next(filter(None, inner), None)
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        pairs = enumerate(zip(ours, theirs, strict=True))
+        return next(filter(None, (_difference(f"{name}[{i}]", *pair) for i, pair in pairs)), None)
+    if isinstance(ours, float) and isinstance(theirs, int | float):
+        same = math.isclose(ours, theirs, rel_tol=0, abs_tol=1e-6)
+    else:
+        same = bool(ours == theirs)
+    found, here = (f"{len(v)} values" if isinstance(v, list) else f"{v!r:.80}" for v in (theirs, ours))
+    return None if same else f"{name}: {found} and not {here}"
 
 
 def network_of(config: TrainConfig, image_shape: tuple[int, int, int], classes: int) -> Network:

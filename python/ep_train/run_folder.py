@@ -20,6 +20,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -175,11 +176,15 @@ class RunFolder:
             raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Keep other processes from running in the folder meanwhile, where the system can lock it.
+    def in_use(self, *, wait: float = 0.0) -> Iterator[None]:
+        """Keep other processes from running in the folder meanwhile. A file system without locks, or one that is only
+        read, is worth a warning in the log.
+
+        Args:
+            wait: so many seconds for another process's end; that is a warning, too.
 
         Raises:
-            RunFolderError: another process runs in it.
+            RunFolderError: another process runs in it, or it cannot be locked for another reason.
         """
         here = self.path.resolve()
         if here in _in_use:
@@ -187,12 +192,15 @@ class RunFolder:
             return
         descriptor = None
         try:
-            descriptor = locks.take(here)
+            descriptor = _take(here, wait)
         except BlockingIOError as error:
             busy = f"{self.path}: another process is running in this folder: wait for its end, or stop it"
             raise RunFolderError(busy) from error
-        except OSError as error:  # a file system without locks, or a folder that is only read
-            _log.info("%s cannot be locked: %s", self.path, error)
+        except OSError as error:
+            reason = error.strerror or error
+            if error.errno not in locks.NO_LOCKS:
+                raise RunFolderError(f"{self.path / locks.LOCK}: cannot be locked: {reason}") from error
+            _log.warning("%s cannot be locked (%s): nothing keeps other processes out of it", self.path, reason)
         _in_use.add(here)
         try:
             yield
@@ -231,9 +239,23 @@ class NoFolder(RunFolder):
         """Nothing."""
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self, *, wait: float = 0.0) -> Iterator[None]:
         """Nothing: the process that writes there keeps others out."""
         yield
+
+
+def _take(folder: Path, wait: float) -> int:
+    """See :func:`ep_train.locks.take`; ``wait`` in seconds."""
+    if wait > 0:
+        with suppress(BlockingIOError):
+            return locks.take(folder)
+        _log.warning("another process is running in %s: waiting for its end, %.0f s at most", folder, wait)
+    deadline = time.monotonic() + wait
+    while (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(1.0, left))
+        with suppress(BlockingIOError):
+            return locks.take(folder)
+    return locks.take(folder)
 
 
 def read_metrics(path: Path) -> list[Row]:

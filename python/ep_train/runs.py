@@ -9,17 +9,22 @@ from typing import Any
 
 from . import checkpoint
 from .config import TrainConfig
-from .config_file import FREE, START, config_from_json, portable, with_free
+from .config_file import FREE, START, config_from_json, going_on, portable, with_free
 from .distributed import Processes, from_environment, joined
 from .run_folder import CONFIG, NoFolder, RunFolder, RunFolderError
 from .trainer import Trainer, new_folder
+
+# Seconds that --resume-or-start waits for another process in the folder: over NFS the lock of a machine that is lost
+# lasts until its lease ends, of 90 s where nobody has chosen another.
+PATIENCE = 120.0
 
 
 def train(config: TrainConfig) -> tuple[dict[str, Any], Path]:
     """Start a run, or take part in one: under torchrun every process calls this.
 
-    With ``resume_or_start`` it goes on instead, where ``out`` has a run of the same configuration; options that say
-    where and not what (``FREE`` of ep_train.config_file) are those of ``config`` from then on.
+    With ``resume_or_start`` it goes on instead, where ``out`` has a run of the same configuration. Options that say
+    where and not what (``FREE`` of ep_train.config_file), and are not the defaults in ``config``, are as there from
+    then on. Where another process is in ``out`` (or a machine was that is lost) it waits up to two minutes for its end.
 
     Args:
         config: the run: data, network, method and where it is written.
@@ -42,8 +47,10 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], Path]:
         processes.same("options", dataclasses.asdict(dataclasses.replace(config, data_root=None, quiet=False)))
         out = config.out
         if config.resume_or_start and out is not None and processes.first_does(lambda: _is_there(config, out)):
-            found = processes.first_does(lambda: _where_it_stopped(out, held))
-            return _go_on(out, config, processes, found)
+            wait = min(PATIENCE, processes.timeout / 2)  # the others wait for this one
+            found = processes.first_does(lambda: _where_it_stopped(out, held, wait=wait))
+            theirs = processes.first_does(lambda: config_from_json(out / CONFIG) if _is_there(config, out) else config)
+            return _go_on(out, going_on(config, theirs), processes, found)
         trainer = Trainer(config, processes=processes)
         path = processes.first_does(lambda: new_folder(config, held).path)
         return trainer.run(_folder(path, processes)), path
@@ -99,7 +106,7 @@ def resume(path: Path, *, epochs: int | None = None, quiet: bool = False, **free
 
     Raises:
         CheckpointError, RunFolderError: there is nothing to resume there, or what is there is of another network,
-            optimizer or teacher.
+            optimizer or teacher, or of other images; nothing has been written.
         ValueError, BackendError: the device is not there, or the backend cannot run on it; nothing has been written.
         TypeError: an option that may not change.
         DataError, MissingExtra, Diverged, ConvergenceError, ProcessError: see :func:`train`.
@@ -117,6 +124,10 @@ def _go_on(
     path: Path, config: TrainConfig, processes: Processes, found: checkpoint.Found | None
 ) -> tuple[dict[str, Any], Path]:
     trainer = Trainer(config, processes=processes)
+    trainer.folder = _folder(path, processes)
+    if found is not None:
+        trainer.restore(found.state, [])
+    processes.meet()  # what one of them refuses leaves the folder as it is
 
     def rows() -> list[dict[str, Any]]:
         folder = RunFolder.resume(path, before_epoch=1 if found is None else found.state["epoch"] + 1)
@@ -127,25 +138,23 @@ def _go_on(
             folder.write_config(dataclasses.asdict(now))
         return folder.read_metrics()
 
-    before = processes.first_does(rows)
-    trainer.folder = _folder(path, processes)
-    if found is not None:
-        trainer.restore(found.state, before)
+    trainer.rows = processes.first_does(rows)
     return trainer.run(trainer.folder), path
 
 
-def _where_it_stopped(path: Path, held: ExitStack) -> checkpoint.Found | None:
+def _where_it_stopped(path: Path, held: ExitStack, *, wait: float = 0.0) -> checkpoint.Found | None:
     """The checkpoint to go on from; None where none has been written yet.
 
     Args:
         held: keeps other processes out of the folder until it is closed.
+        wait: so many seconds for another process's end.
 
     Raises:
         CheckpointError: there is no run, none of its checkpoints is good, or they are gone.
         RunFolderError: another process runs there.
     """
     if (path / CONFIG).exists() or (path / checkpoint.FOLDER).exists():  # else a lock would be all that is there
-        held.enter_context(RunFolder(path).in_use())
+        held.enter_context(RunFolder(path).in_use(wait=wait))
     # the first row may be there already: it is written just before the first checkpoint
     if (path / CONFIG).is_file() and checkpoint.never_written(path) and len(RunFolder(path).read_metrics()) <= 1:
         return None

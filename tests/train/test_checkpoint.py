@@ -323,6 +323,39 @@ def test_a_checkpoint_of_another_run_is_refused(state: dict[str, Any]) -> None:
     Trainer(TINY).restore(state, [])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"normalisation": {"mean": [0.5], "std": [1.0]}}, r"normalisation.mean[0]: 0.5 and not 0.0"),
+        ({"normalisation": "unit"}, "normalisation: 'unit' and not {'mean': [0.0], 'std': [1.0]}"),
+        ({"pixels": {"mean": [0.5]}}, "pixels.mean[0]: 0.5 and not 0.3"),
+        ({"image_shape": [1, 8, 9], "dataset": "cifar10"}, "image_shape[2]: 9 and not 8"),
+        ({"image_shape": [1, 8, 9], "dataset": "cifar10"}, "dataset: 'cifar10' and not 'digits'"),
+        ({"class_names": list("abcdefghij")}, "class_names[0]: 'a' and not '0'"),
+        ({"class_names": ["0"]}, "class_names: 1 values and not 10 values"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"method": "backprop", "model": "resnet18", "width": 0.05}])
+def test_a_checkpoint_of_other_images_is_refused(change: dict[str, Any], message: str, options: dict[str, Any]) -> None:
+    trainer = Trainer(replace(TINY, **options))
+    state = trainer.state()
+    with pytest.raises(CheckpointError) as caught:
+        trainer.restore({**state, **change}, [])
+    assert "the images are not those that this run was started with (" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_checkpoint_that_says_less_about_its_images(state: dict[str, Any]) -> None:
+    """One of an earlier version; or other last digits, and another place."""
+    trainer = Trainer(TINY)
+    known = ("normalisation", "pixels", "dataset", "image_shape", "class_names")
+    for name in known:
+        trainer.restore({key: value for key, value in state.items() if key != name}, [])
+    trainer.restore({key: value for key, value in state.items() if key not in known}, [])
+    mean = [value + 1e-9 for value in state["pixels"]["mean"]]
+    trainer.restore({**state, "pixels": {**state["pixels"], "mean": mean}}, [])
+
+
 def test_weights_of_version_0_1_0_still_teach(tmp_path: Path, state: dict[str, Any]) -> None:
     RunFolder(tmp_path).write_config({**vars(TINY), "model": "4p-4"})
     torch.save({"model": state["model"]}, tmp_path / "checkpoint.pt")

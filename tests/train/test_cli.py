@@ -201,15 +201,28 @@ def test_presets_are_listed_and_taken_anywhere(tmp_path: Path, capsys: pytest.Ca
     assert {k for k in config if config[k] != other[k]} == {"lr", "out", "quiet"}
 
 
-def test_the_configuration_of_a_run_is_taken_without_its_folder(tmp_path: Path) -> None:
-    config = TrainConfig(out=tmp_path / "run", epochs=3)
-    for changes in ({"overwrite": True}, {"resume_or_start": True}):
-        theirs = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
-        RunFolder(tmp_path).write_config(dataclasses.asdict(theirs))
-        (tmp_path / "job.json").write_text((tmp_path / "config.json").read_text())
-        for path in (tmp_path, tmp_path / "config.json"):
-            assert cli.started_from(["--config", str(path)], TrainConfig()) == TrainConfig(epochs=3)
-        assert cli.started_from(["--config", str(tmp_path / "job.json")], TrainConfig()) == theirs  # of nobody's run
+@pytest.mark.parametrize("mark", ["metrics.jsonl", "checkpoints", ".lock"])
+@pytest.mark.parametrize("option", ["overwrite", "resume_or_start"])
+def test_the_configuration_of_a_run_is_taken_without_its_folder(
+    mark: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = dataclasses.replace(TrainConfig(out=tmp_path / "run", epochs=3), **{option: True})  # type: ignore[arg-type]
+    RunFolder(tmp_path).write_config(dataclasses.asdict(theirs))
+    (tmp_path / "job.json").write_text((tmp_path / "config.json").read_text())
+
+    def started(path: Path, *more: str) -> tuple[TrainConfig, str]:
+        found = cli.started_from(["--config", str(path), *more], TrainConfig())
+        return found, capsys.readouterr().err
+
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert started(path) == (theirs, "")  # of nobody's run, whatever its name is
+    (tmp_path / mark).touch()
+    name = f"--{option.replace('_', '-')}"
+    for path in (tmp_path, tmp_path / "config.json"):
+        note = f"ep-train: the options of {tmp_path} are taken without its --out, {name}\n"
+        assert started(path) == (TrainConfig(epochs=3), note)
+        assert started(path, "--out=new", name) == (TrainConfig(epochs=3), "")
+    assert started(tmp_path / "job.json") == (theirs, "")
 
 
 @pytest.mark.parametrize(

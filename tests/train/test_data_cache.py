@@ -281,12 +281,26 @@ def test_a_file_that_is_being_written_stays(root: Path) -> None:
     assert files(root) == []
 
 
-def test_folders_that_cannot_be_locked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_folders_that_cannot_be_locked(
+    number: int, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def unsupported(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, "No locks available")
 
     monkeypatch.setattr("ep_train.locks.fcntl.flock", unsupported)
     assert len(load(root, "mmap").train_labels) == 70
+    assert caplog.text.count("cannot be locked (No locks available): other processes may decode the same images") == 1
+
+
+def test_a_lock_that_fails_otherwise(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("ep_train.locks.fcntl.flock", broken)
+    for how in ("mmap", "memory"):
+        with pytest.raises(DataError, match=r"\.lock: cannot be locked: Input/output error"):
+            load(root, how)  # type: ignore[arg-type]
 
 
 def test_one_note_when_a_cache_is_out_of_date(root: Path, caplog: pytest.LogCaptureFixture) -> None:

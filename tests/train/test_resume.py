@@ -13,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ep_train import TrainConfig, Trainer, checkpoint, cli, resume, train
 from ep_train.run_folder import read_metrics
@@ -171,11 +173,13 @@ def test_options_that_say_where_and_not_what(
     assert seen[-1].data_root == tmp_path / "data"
 
     again = replace(config, out=path, resume_or_start=True, keep_checkpoints=3, data_root=Path("other"))
-    train(again)
-    changed = {"threads": None, "data_root": str(tmp_path / "other"), "checkpoint_every": 0, "keep_checkpoints": 3}
+    train(again)  # what is not given stays
+    changed = {"threads": 1, "data_root": str(tmp_path / "other"), "checkpoint_every": 7, "keep_checkpoints": 3}
     assert changed.items() <= config_of(path).items()
     resume(path, quiet=True)
     assert (seen[-1].keep_checkpoints, seen[-1].data_root) == (3, tmp_path / "other")
+    resume(path, quiet=True, checkpoint_every=0)
+    assert config_of(path)["checkpoint_every"] == 0
 
     for name in ("lr", "out"):
         with pytest.raises(TypeError, match=f"expected some of device, .*got {name}"):
@@ -190,6 +194,99 @@ def test_options_that_say_where_and_not_what(
             cli.main(["eval", str(path), *more])
         threads, options = asked[-2:]
         assert (threads, options["root"], options["data_cache"]) == expected
+
+
+def write_images(folder: Path, *, seed: int = 0, names: tuple[str, ...] = ("cat", "dog")) -> Path:
+    """Grey 8x8 ones."""
+    generator = np.random.default_rng(seed)
+    for split, count in (("train", 6), ("test", 2)):
+        for name in names:
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 256, (8, 8), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
+    return folder.parent
+
+
+PICTURES = TrainConfig(
+    dataset="folder:pictures", model="4p", batch_size=6, epochs=1, device="cpu", threads=1, quiet=True
+)
+
+
+def test_a_folder_of_images_may_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A relative one is found in another --data-root; an absolute one is where it is."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    here, scratch = write_images(tmp_path / "here" / "pictures"), tmp_path / "scratch"
+    monkeypatch.chdir(here)
+    _, path = train(replace(PICTURES, out=tmp_path / "run"))
+    assert (config_of(path)["dataset"], config_of(path)["data_root"]) == ("folder:pictures", str(here))
+    monkeypatch.chdir("/")
+    job = replace(PICTURES, out=path, resume_or_start=True)
+    train(job)  # where they were
+    assert config_of(path)["data_root"] == str(here)
+    here.rename(scratch)
+    for command in ("eval", "resume"):
+        assert cli.main([command, str(path)]) == 1
+        assert "here/pictures: no such folder" in capsys.readouterr().err
+    train(replace(job, data_root=scratch))
+    assert config_of(path)["data_root"] == str(scratch)
+    scratch.rename(here)
+    assert cli.main(["eval", str(path), "--data-root", str(here)]) == 0
+    assert cli.main(["resume", str(path), "--data-root", str(here)]) == 0
+    assert config_of(path)["data_root"] == str(here)
+
+    absolute = replace(PICTURES, dataset=f"folder:{here / 'pictures'}", out=tmp_path / "absolute")
+    _, path = train(absolute)
+    capsys.readouterr()
+    for command in ("eval", "resume"):
+        assert cli.main([command, str(path), "--data-root", str(scratch)]) == 1
+        assert "argument 'data_root': expected none, as the images are in folder:/" in capsys.readouterr().err
+    train(replace(absolute, resume_or_start=True, data_root=scratch))  # as the job was started
+    other = ["--dataset", "folder:pictures", "--data-root", str(here)]
+    assert cli.main(["eval", str(path), *other]) == 0
+
+
+@pytest.mark.parametrize("normalise", ["standard", "unit"])
+def test_other_images_are_refused_before_anything_is_written(
+    normalise: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = write_images(tmp_path / "a" / "pictures")
+    _, path = train(replace(PICTURES, normalise=normalise, data_root=root, out=tmp_path / "run"))
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "train_loss": 1.0}\n')  # of after the checkpoint
+    kept = ("config.json", "metrics.jsonl", "summary.json")
+    before = {name: (path / name).read_bytes() for name in kept}
+    others = {
+        "b": ({"seed": 1}, "normalisation.mean[0]: " if normalise == "standard" else "pixels.mean[0]: "),
+        "c": ({"names": ("cat", "horse")}, "class_names[1]: 'dog' and not 'horse'"),
+    }
+    for name, (options, message) in others.items():
+        other = write_images(tmp_path / name / "pictures", **options)  # type: ignore[arg-type]
+        places = ["--data-root", str(other), "--keep-checkpoints", "7"]
+        assert cli.main(["resume", str(path), "--quiet", *places]) == 1
+        error = capsys.readouterr().err
+        assert "the images are not those that this run was started with (" in error
+        assert message in error
+        assert {name: (path / name).read_bytes() for name in kept} == before
+    (tmp_path / "moved").mkdir()
+    shutil.move(root / "pictures", tmp_path / "moved" / "pictures")
+    assert cli.main(["resume", str(path), "--quiet", "--data-root", str(tmp_path / "moved")]) == 0
+    assert len(read_metrics(path)) == 1
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_folder_as_it_is(tmp_path: Path) -> None:
+    small = TrainConfig(model="4p", train_limit=20, test_limit=10, batch_size=10, epochs=1, device="cpu", quiet=True)
+    _, path = train(replace(small, out=tmp_path / "run"))
+    damage_config(path, model="4p-4")
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "train_loss": 1.0}\n')
+    before = {name: (path / name).read_bytes() for name in ("config.json", "metrics.jsonl")}
+    with pytest.raises(checkpoint.CheckpointError, match="does not fit"):
+        resume(path, epochs=3, quiet=True)
+    assert {name: (path / name).read_bytes() for name in before} == before
 
 
 def test_a_run_that_goes_on_as_it_was_keeps_its_configuration(whole: Path) -> None:

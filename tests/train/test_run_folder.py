@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -125,6 +128,80 @@ def test_a_folder_with_a_lock_alone_is_empty(tmp_path: Path) -> None:
 def test_a_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "fcntl", None)
     with used(tmp_path).in_use():
+        pass
+
+
+def replaced(patch: pytest.MonkeyPatch, module: str, **functions: Any) -> None:
+    """For the locks alone: others open files, too."""
+    patch.setattr(locks, module, SimpleNamespace(**{**vars(getattr(locks, module)), **functions}))
+
+
+@pytest.mark.parametrize("number", sorted(locks.NO_LOCKS))
+def test_a_file_system_without_locks(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = used(tmp_path)
+
+    def flock(*_: object) -> None:
+        raise OSError(number, "that is not to be had")
+
+    replaced(monkeypatch, "fcntl", flock=flock)
+    with run.in_use():
+        pass
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "cannot be locked (that is not to be had): nothing keeps other processes out of it" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE, errno.ENOSPC])
+@pytest.mark.parametrize("call", ["open", "flock"])
+def test_a_lock_that_cannot_be_had_is_no_lock(
+    number: int, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether there is another process is not known then."""
+    run = used(tmp_path)
+
+    def broken(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        replaced(patch, "os" if call == "open" else "fcntl", **{call: broken})
+        with pytest.raises(RunFolderError, match=rf"\.lock: cannot be locked: {os.strerror(number)}"), run.in_use():
+            pass
+    with run.in_use():  # nothing is left of it
+        pass
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks may only be read, as those of another user."""
+    original = os.open
+
+    def refused(path: Any, flags: int, *more: Any, **options: Any) -> int:
+        if Path(path).name == locks.LOCK and flags & os.O_ACCMODE != os.O_RDONLY:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return original(path, flags, *more, **options)
+
+    replaced(monkeypatch, "os", open=refused)
+
+
+@pytest.mark.usefixtures("foreign")
+def test_the_lock_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(tmp_path)
+    with pytest.raises(RunFolderError, match=r"\.lock: cannot be locked: Permission denied"), run.in_use():
+        pass  # there is none, and it cannot be made
+    (tmp_path / ".lock").touch()
+    with run.in_use():
+        assert lock_elsewhere(tmp_path / ".lock") == "BlockingIOError"
+    other = locks.take(tmp_path)
+    with pytest.raises(RunFolderError, match="another process is running"), run.in_use():
+        pass
+    os.close(other)
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    replaced(monkeypatch, "fcntl", flock=flock)  # as NFS
+    with pytest.raises(RunFolderError, match="cannot be locked: Permission denied"), run.in_use():
         pass
 
 

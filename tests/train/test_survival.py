@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +137,28 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     os.close(other)
     resume(path, epochs=2, quiet=True)
     assert len(read_metrics(path)) == 2
+
+
+def test_a_job_that_is_started_again_waits_for_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A lost machine's lasts for a while over NFS."""
+    job = replace(TINY, epochs=1, out=tmp_path / "run", resume_or_start=True)
+    _, path = train(job)
+    other = locks.take(path)
+    monkeypatch.setattr("ep_train.runs.PATIENCE", 0.3)
+    with pytest.raises(RunFolderError, match="another process is running in this folder: wait for"):
+        train(job)
+    assert caplog.text.count("waiting for its end, 0 s at most") == 1
+    with pytest.raises(RunFolderError, match="another process is running in this folder: wait for"):
+        resume(path, quiet=True)
+    assert caplog.text.count("waiting for its end") == 1
+    monkeypatch.setattr("ep_train.runs.PATIENCE", 30.0)
+    given_up = threading.Timer(0.5, os.close, (other,))
+    given_up.start()
+    assert train(job)[0]["status"] == "finished"
+    given_up.join()
+    assert caplog.text.count("waiting for its end, 30 s at most") == 1
 
 
 @pytest.mark.parametrize("out", [None, "run"])

@@ -26,7 +26,8 @@ class EvalConfig:
     dataset: str | None = None
     """Other images than the run's own: as --dataset of ep-train; of the same size and classes."""
     data_root: Path | None = None
-    """Folder that holds the dataset's files (default: the run's, or the dataset's usual place)."""
+    """Folder that holds the dataset's files, or that a folder:PATH is in, unless that is absolute (default: the run's,
+    or the dataset's usual place)."""
     data_cache: Literal["memory", "mmap"] | None = None
     """Where the images of a folder:PATH are: memory or mmap (default: as in the run)."""
     threads: int | None = None
@@ -53,7 +54,8 @@ class EvalConfig:
 def run_eval(config: EvalConfig) -> int:
     """The command; returns its exit code."""
     trained = load_trained(config.run, device=config.device, backend=config.backend, free_steps=config.free_steps)
-    own = with_free(trained.config, data_root=config.data_root, data_cache=config.data_cache, threads=config.threads)
+    own = trained.config if config.dataset is None else replace(trained.config, dataset=config.dataset)
+    own = with_free(own, data_root=config.data_root, data_cache=config.data_cache, threads=config.threads)
     if own.threads is not None:
         torch.set_num_threads(own.threads)
     dataset = _dataset(config, own)

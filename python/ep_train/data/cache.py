@@ -7,6 +7,7 @@ truncated, changed, of another version or of another key reads as absent.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ep_train import durable, locks
-from ep_train.data.dataset import Statistics, histograms_of, statistics_of
+from ep_train.data.dataset import DataError, Statistics, histograms_of, statistics_of
 from ep_train.data.decode import BLOCK, Pixels, cores
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ SUFFIX = ".safetensors"
 _VERSION = "1"
 _NAME = "images"
 _HEADER = 4096  # bytes before the pixels: a page, so that they are aligned when mapped
+_UNWRITTEN = frozenset({errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT})  # a file there cannot be made either
 _OLD = 3600.0  # seconds since a file was written to, after which it may be what a killed process left
 
 
@@ -159,26 +161,43 @@ def alone(folder: Path) -> Iterator[bool]:
 
     What killed processes left half-written is removed once it is an hour old.
 
-    Where the folder cannot be locked, processes do the same work side by side, each in its own temporary file.
+    Where files cannot be locked or not be made, which is worth a warning in the log, processes do the same work side by
+    side, each in its own temporary file.
+
+    Raises:
+        DataError: the folder cannot be locked for another reason.
     """
     descriptor = None
     waited = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = locks.take(folder)
-        except BlockingIOError:
-            _log.info("another process decodes images into %s: waiting for it", folder)
-            descriptor = locks.take(folder, wait=True)
-            waited = True
-        _remove_left(folder)
     except OSError as error:
-        _log.debug("%s cannot be locked (%s)", folder, error)
+        _log.debug("%s cannot be made (%s)", folder, error)  # who writes to it says so
+    else:
+        try:
+            descriptor, waited = _lock(folder)
+        except OSError as error:
+            reason = error.strerror or error
+            if error.errno not in locks.NO_LOCKS | _UNWRITTEN:
+                raise DataError(f"{folder / locks.LOCK}: cannot be locked: {reason}") from error
+            _log.warning("%s cannot be locked (%s): other processes may decode the same images", folder, reason)
     try:
+        if descriptor is not None:
+            with suppress(OSError):
+                _remove_left(folder)
         yield waited
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _lock(folder: Path) -> tuple[int, bool]:
+    """A descriptor with the folder's lock, and whether another process had it before."""
+    try:
+        return locks.take(folder), False
+    except BlockingIOError:
+        _log.info("another process decodes images into %s: waiting for it", folder)
+        return locks.take(folder, wait=True), True
 
 
 def _remove_left(folder: Path) -> None:

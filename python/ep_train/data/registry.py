@@ -44,7 +44,8 @@ def load_dataset(
     Args:
         spec: a key of `DATASET_SPECS`, with a path for `folder:PATH`.
         root: folder with the dataset's files, and where a download goes; for `folder:PATH`, what a
-            relative PATH is relative to (default: the working directory).
+            relative PATH is relative to (default: the working directory). The digits, and an absolute
+            PATH, are where they are.
         train_limit, test_limit: at most this many images, a class-balanced random choice.
         seed: chooses that subset, and which digits are held out; 0 or more.
         cache_dir: for decoded images and downloads; default `default_cache_dir()`.
