@@ -365,6 +365,7 @@ class Trainer:
             CheckpointError: it is of another network or optimizer.
         """
         try:
+            self.learner.restore(state)  # first: other data also change shapes, and its message says so
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
@@ -372,7 +373,6 @@ class Trainer:
             self.partial = Partial(**state["partial"])
             self.rollbacks = int(state["rollbacks"])
             self.came_from = str(state["device"])
-            self.learner.restore(state)
             batches = len(self.train)
             if not (0 <= self.partial.batches < batches and self.step == state["step"]):
                 raise ValueError(f"it is of step {state['step']}, here {self.step} with {batches} batches an epoch")
