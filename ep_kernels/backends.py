@@ -90,7 +90,8 @@ def choose(
 ) -> str:
     """The backend that runs ops on tensors of this device and dtype, with states in ``storage`` (None: in theirs).
 
-    The same test raises when the user named the backend and logs (once per reason) when the choice is automatic.
+    The same test raises when the user named the backend and logs (once per reason) when the choice is automatic: a
+    warning where the compiled library does not load, so that a CPU has nothing but the slow reference.
 
     Args:
         race: makes the key under which what is to run may have been measured; called only where it is needed.
@@ -113,7 +114,8 @@ def choose(
             reason = "TRITON_INTERPRET runs it on the CPU, slowly and for tests: ask for it by name"
         if reason is None:
             return candidate
-        _log_once(candidate, reason)
+        slow = candidate == "cpu" and device.type == "cpu" and _library.load_error() is not None
+        _log_once(candidate, reason, logging.WARNING if slow else logging.INFO)
     return "reference"
 
 
@@ -381,10 +383,10 @@ def covered(archs: Sequence[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-def _log_once(name: str, reason: str) -> None:
+def _log_once(name: str, reason: str, level: int = logging.INFO) -> None:
     if (name, reason) not in _logged:
         _logged.add((name, reason))
-        log.info("backend %s is not used: %s", name, reason)
+        log.log(level, "backend %s is not used: %s", name, reason)
 
 
 def _require(

@@ -99,7 +99,8 @@ class Equilibrium:
     def message(self) -> str:
         """One line for people: whether it converged, with the numbers, and what to change if not.
 
-        With ``tol`` 0 nothing was tested, and changes are proposed for residuals above 0.1.
+        With ``tol`` 0 nothing was tested: for residuals above 0.1 it says what would lower them. The gradient may be
+        good all the same (docs/concepts.md).
         """
         config, tol = self.config, self.config.tol
         steps, residual = self.steps, self.residual
@@ -120,10 +121,15 @@ class Equilibrium:
         above = int((residual > goal).sum())
         rate = self.rate
         seen = "" if rate is None else f", changing by a factor of {rate:.2f} per sweep"
-        changes = proposals(self.network, config, residual=worst, rate=rate, steps=steps)
+        changes = "; ".join(proposals(self.network, config, residual=worst, rate=rate, steps=steps))
+        if not tol:
+            return (
+                f"not tested (tol is 0): {within}, above {goal:g} in {above} of {samples} samples{seen}. The gradient "
+                f"may be good all the same; to lower the residual: {changes}"
+            )
         return (
             f"the free phase has not converged: {within} (allowed {goal:.0e}) in {above} of {samples} samples{seen}: "
-            f"{'; '.join(changes)}"
+            f"{changes}"
         )
 
     @property

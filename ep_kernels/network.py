@@ -402,6 +402,9 @@ def _maps(
     connections: Sequence[Connection],
 ) -> list[Shape]:
     """The input's shape, and the map of every node: what its first connection makes of its source's."""
+    plain = isinstance(input_shape, Sequence) and all(isinstance(n, int) and n > 0 for n in input_shape)
+    expected = "(channels, height, width), each at least 1 (vectors are (n, 1, 1))"
+    _require(plain and len(input_shape) == 3, where, "input_shape", expected, repr(input_shape))
     shapes: list[Shape] = [tuple(input_shape)]
     for node, width in enumerate(channels, 1):
         first = next((c for c in connections if c.dst == node), None)

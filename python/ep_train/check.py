@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -197,6 +198,8 @@ def run_check(config: CheckConfig) -> int:
         classical = RelaxConfig.classical(free_steps=60, nudged_steps=30)
         sides["classical: k 1, sync 60 + 30"] = (replace(network, feedback_gain=1.0), classical)
     device = devices.resolve(config.device, "CheckConfig")
+    said = f"{config.seeds} networks of random weights, BPTT to convergence for each of {', '.join(sides)}"
+    print(f"ep-train check: {said}; this takes a minute or more on a CPU", file=sys.stderr)
     with devices.in_force(device, tf32=False):
         results = {
             name: [

@@ -36,7 +36,7 @@ from . import durable
 FOLDER = "checkpoints"
 WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
 REFUSED = "refused-"  # begins the name of a checkpoint that a resumed run could not use
-OLD = "checkpoint.pt"  # of version 0.1.0
+OLD = "checkpoint.pt"  # of earlier development versions
 FORMAT = 1
 NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 LARGEST_MANIFEST = 1 << 20
@@ -141,8 +141,8 @@ def newest_good(folder: Path, *, mmap: bool = False, scheduled: bool = False) ->
     if not found:
         if (folder / OLD).is_file():
             raise CheckpointError(
-                f"{folder / OLD}: a checkpoint of ep-train 0.1.0, whose runs this version does not continue: finish it "
-                "with that version, or start again (one of vgg11_bn to resnet18 still serves as a --teacher)"
+                f"{folder / OLD}: a checkpoint of an earlier version, whose runs this version does not continue: "
+                "finish it with that version, or start again (one of vgg11_bn to resnet18 still serves as a --teacher)"
             )
         when = "the first is written after an epoch, after --checkpoint-every steps, or when a run is stopped"
         raise CheckpointError(f"{folder / FOLDER}: expected a checkpoint, got none ({when})")
@@ -245,7 +245,7 @@ def remove_newer(folder: Path, than: Path) -> None:
 
 
 def model_of(folder: Path) -> dict[str, Any]:
-    """The newest good checkpoint for whoever wants its "model" only; one of version 0.1.0 will do.
+    """The newest good checkpoint for whoever wants its "model" only; one of an earlier development version will do.
 
     Raises:
         CheckpointError: see :func:`newest_good`.

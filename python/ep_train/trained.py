@@ -107,7 +107,7 @@ class Trained:
 
 
 def load_trained(
-    path: Path, *, device: str = "auto", backend: Backend = "auto", free_steps: int | None = None
+    path: str | Path, *, device: str = "auto", backend: Backend = "auto", free_steps: int | None = None
 ) -> Trained:
     """The network of a run, ready to predict.
 
@@ -121,6 +121,9 @@ def load_trained(
         CheckpointError: there is no run with a checkpoint, or it cannot be read or is of an older version.
         ValueError: the device is not there; ``free_steps`` below 1, or given for what has no free phase.
     """
+    path = Path(path)
+    if not path.is_dir():
+        raise checkpoint.CheckpointError(f"{path}: expected the folder of a run, and there is none")
     config = config_from_json(path / "config.json")
     state = checkpoint.model_of(path)  # the one place where these commands read weights
     where = devices.resolve(device, "load_trained", backend=backend)

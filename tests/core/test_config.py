@@ -162,6 +162,14 @@ def test_defaults_and_classical_settings() -> None:
             "Network.chain: argument 'channels': expected at least one width, got []",
         ),
         (
+            lambda: Network.chain((64,), [2], ["none"], classes=2),  # type: ignore[arg-type]
+            "Network.chain: argument 'input_shape': expected (channels, height, width), each at least 1 (",
+        ),
+        (
+            lambda: Network.chain(64, [2], ["none"], classes=2),  # type: ignore[arg-type]
+            "(vectors are (n, 1, 1)), got 64",
+        ),
+        (
             lambda: Network.chain((1, 4, 4), [2, 2], ["max"], classes=2),
             "Network.chain: argument 'pools': expected 2 entries, one per width, got 1",
         ),

@@ -74,6 +74,11 @@ def test_a_run_that_stops_early(on: str) -> None:
     assert f"after {found.steps} sweeps (tol 1e-06)" in found.message
     assert (whole.steps, whole.converged) == (50, None)
     assert whole.message.startswith("not tested (tol is 0): residual ")
+    assert "above 0.1" not in whole.message
+    early = free(p, replace(config, tol=0.0, free_steps=1), backend=on).message
+    assert early.startswith("not tested (tol is 0): residual ")
+    assert "above 0.1 in " in early
+    assert "to lower the residual: raise free_steps from 1 to " in early
 
 
 def test_one_sample_that_moves_is_not_converged() -> None:

@@ -318,7 +318,7 @@ def damage_config(path: Path, **changes: Any) -> None:
     [
         ("no folder", "checkpoints: expected a checkpoint, got none"),
         ("checkpoints", "checkpoints: no good checkpoint: "),
-        ("old", "checkpoint.pt: a checkpoint of ep-train 0.1.0, whose runs this version does not continue"),
+        ("old", "checkpoint.pt: a checkpoint of an earlier version, whose runs this version does not continue"),
         ("gone", "checkpoints: expected a checkpoint, got none"),
         ("no config", "config.json: not a readable configuration: "),
         ("config", "config.json: not a readable configuration: "),

@@ -29,7 +29,9 @@ def test_the_numbers_are_those_of_the_run_and_the_network(
     found = evaluate(capsys, str(run))
     summary = json.loads((run / "summary.json").read_text())
     assert found["accuracy"] == summary["test_accuracy"]
-    trained = load_trained(run, device="cpu")
+    with pytest.raises(CheckpointError, match=r"nothing: expected the folder of a run, and there is none"):
+        load_trained(run / "nothing", device="cpu")
+    trained = load_trained(str(run), device="cpu")
     images, labels = test_set
     outputs, residual = trained.predict(trained.normalised(images))
     assert residual is not None
