@@ -4,6 +4,7 @@ The tree's library in ep_kernels/lib stays as it is; build/cmake is brought up t
 ``pip install --no-build-isolation -e .`` or ``python setup.py build_ext --inplace``.
 """
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -19,10 +20,15 @@ BUILD = ROOT / "build" / "cmake"
 
 
 def run_setup(*arguments: str | Path, **environment: str) -> None:
-    """Run setup.py in the tree."""
+    """Run setup.py in the tree, when no other process of the tests does: setuptools puts its files together there."""
     command = [sys.executable, "setup.py", "-q", *map(str, arguments)]
     merged = os.environ | environment
-    done = subprocess.run(command, cwd=ROOT, env=merged, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD.parent / "tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(
+            command, cwd=ROOT, env=merged, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
     assert done.returncode == 0, done.stdout
 
 
