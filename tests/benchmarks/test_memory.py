@@ -44,7 +44,8 @@ def test_only_the_work_counts(during):
 
 
 def test_what_is_given_back_does_not_add_up():
-    few, many = (cpu_peak("tests.benchmarks.test_memory:steps_of", count) for count in (2, 40))
+    # The least of three: on a busy machine the kernel was seen once to count 16 MiB that had been given back.
+    few, many = (min(cpu_peak("tests.benchmarks.test_memory:steps_of", count) for _ in range(3)) for count in (2, 40))
     assert abs(many - few) < MIB
 
 
